@@ -129,11 +129,18 @@ class RaceBench(TrainingsBench):
 
     def plot(self, path: Path, done: Sequence[Row]) -> None:
         """Draw accuracy over seconds and over samples: means, and a standard deviation above and below."""
-        title = f"{self.model_name}, {self.options.eval_size} held-out questions, mean and standard deviation of seeds"
+        title = f"{self.model_name}, {self.options.eval_size} held-out questions"
+        title += ", mean and standard deviation of seeds" if len({row["seed"] for row in done}) > 1 else ""
         with picture(path, 11, 4.8, title, panels=2, loc="outside lower center", ncols=3, fontsize=8) as panels:
             for axes, key, label in zip(panels, ("seconds", "samples"), ("seconds", "samples trained on"), strict=True):
                 for (row,), mine in by_name(done, "row").items():
-                    draw_band(axes, mine, key, COLORS[list(ROWS).index(row)], f"{row} ({len(mine)} seeds)")
+                    draw_band(
+                        axes,
+                        mine,
+                        key,
+                        COLORS[list(ROWS).index(row)],
+                        f"{row} ({len(mine)} seed{'s' if len(mine) > 1 else ''})",
+                    )
                 axes.set_xlabel(label)
                 axes.grid(alpha=0.25)
             panels[0].set_ylabel("held-out questions right")
