@@ -14,8 +14,9 @@ from shared.structured_outputs import check_structured_outputs
 
 _Words = Annotated[list[Annotated[str, Field(max_length=4096)]], Field(fail_fast=True, max_length=1024)]
 _TokenIds = Annotated[list[Count], Field(fail_fast=True, max_length=2**20)]
-#: Larger ones are infinite in 32 bits: no token would have a probability.
-_Bias = Annotated[float, Field(le=1e38)]
+#: Beyond these a logit may be infinite in 32 bits, after penalty and temperature (0.01): no token has a probability.
+_Bias = Annotated[float, Field(ge=-1e30, le=1e30)]
+_LEAST_PENALTY, _MOST_PENALTY = 1e-4, 1e4
 
 #: vLLM raises lower ones to this; 0 is greedy.
 LEAST_TEMPERATURE = 0.01
@@ -59,7 +60,7 @@ class SamplingParams(FewFields):
     min_p: float = Field(0.0, ge=0.0, le=1.0)
     presence_penalty: float = Field(0.0, ge=-2.0, le=2.0)
     frequency_penalty: float = Field(0.0, ge=-2.0, le=2.0)
-    repetition_penalty: float = Field(1.0, gt=0.0)
+    repetition_penalty: float = Field(1.0, ge=_LEAST_PENALTY, le=_MOST_PENALTY)
     seed: int | None = Field(
         None, ge=-(2**63), lt=2**63, description="completion i of a prompt is drawn with seed + i; -1: none"
     )

@@ -79,11 +79,17 @@ async def _answer_http(request: Request, error: Exception) -> JSONResponse:
             f"there is no {where} here{meant}; GET /openapi.json lists this server's own routes, docs/http.md all"
         )
     elif error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "another method")
-        refusal = MethodNotAllowed(f"there is no {where}, but {allowed}")
+        allowed = ", ".join(_methods(request))
+        return error_response(MethodNotAllowed(f"there is no {where}, but {allowed}"), {"Allow": allowed})
     else:
         refusal = (InvalidRequest if error.status_code < 500 else InternalError)(f"{where}: {error.detail}")
     return error_response(refusal, dict(error.headers or {}))
+
+
+def _methods(request: Request) -> list[str]:
+    """Return the methods of all routes of a path. Starlette knows those of the first one."""
+    matching = [route for route in request.app.routes if route.matches(request.scope)[0] is Match.PARTIAL]
+    return sorted({method for route in matching for method in getattr(route, "methods", None) or ()})
 
 
 async def _answer_unforeseen(request: Request, error: Exception) -> JSONResponse:

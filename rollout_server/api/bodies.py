@@ -39,9 +39,14 @@ _REMOVED = re.compile(r"guided_(json|regex|choice|grammar|decoding_backend|white
 #: Fields of OpenAI's clients and of earlier versions of vLLM that vLLM ignores as well, and what does it instead.
 IGNORED = {
     "best_of": "send n, and choose among the completions by their logprobs",
+    "conversation": "send the complete conversation as input",
     "functions": "send tools",
     "logits_processors": "send logit_bias, bad_words or allowed_token_ids",
+    "web_search_options": "send a tool of your own, and the results as its answer",
 }
+#: Names in `vllm_xargs` that are objects to vLLM, and have fields of their own: other values are no request's error to
+#: it, but its own.
+_OBJECTS = ("kv_transfer_params", "ec_transfer_params")
 _TOKEN_LISTS = ("prompt", "tokens")
 _OUR_PATHS = (wire.GENERATE, wire.SCORE, wire.SESSIONS)
 _BELOW_OURS = (wire.RUN.format(run_id=""), wire.SESSION.format(session_id=""))
@@ -114,6 +119,10 @@ def _check_openai(document: dict[str, Any]) -> None:
         asked = document.get(name)
         if asked and not (name == "best_of" and asked == (document.get("n") or 1)):
             raise ValueError(f"{name} is no field of vLLM, and would have no effect: {advice}, or leave it out")
+    extra = document.get("vllm_xargs")
+    for name in _OBJECTS:
+        if isinstance(extra, dict) and name in extra:
+            raise ValueError(f"vllm_xargs holds {name}, which is a field of the request itself: send it there")
     forms = document.get("structured_outputs")
     if isinstance(forms, dict):
         known = ("regex", "choice", "grammar", "structural_tag")

@@ -73,6 +73,11 @@ class Capacity:
             if asked > limit:
                 raise too_large(f"{prompts} prompts with n = {n}", flag, limit)
 
+    def check_sequences(self, sequences: int) -> None:
+        """Raise `too_large` if one request has more than could ever be under way."""
+        if sequences > (limit := self._settings.max_sequences):
+            raise too_large(f"{sequences} sequences or more (prompts times n)", "--max-sequences", limit)
+
     def take(self, prompts: int, n: int = 1) -> Callable[[], None]:
         """Count `prompts` times `n` sequences as under way; return a function that gives the room back, once.
 
@@ -150,8 +155,14 @@ class Capacity:
         self._body_bytes -= size
 
     def hold(self, size: int) -> None:
-        """Count `size` more bytes of bodies in memory, less if negative; raises `overloaded`."""
-        if size > 0 and self._body_bytes + size > self._settings.max_bodies_mib * 2**20:
+        """Count `size` more bytes of bodies in memory, less if negative.
+
+        Raises:
+            LockstepError: `overloaded`; `too_large` where there could never be room.
+        """
+        if size > (limit := self._settings.max_bodies_mib * 2**20):
+            raise too_large(f"{size} bytes, as they are in memory,", "--max-bodies-mib", self._settings.max_bodies_mib)
+        if size > 0 and self._body_bytes + size > limit:
             raise Overloaded(
                 f"requests of --max-bodies-mib {self._settings.max_bodies_mib} are being read or worked on; ask again "
                 "after the seconds of Retry-After"

@@ -76,6 +76,23 @@ class CallContext:
     rejection: LockstepError | None = None  # why vLLM did not take it; its routes say so, but for streams
     format: Any = None  # structured outputs that have been checked
     session: SessionCalls | None = None  # says what is sampled from, and how, and records it
+    sequences: int = 0  # of it that are under way
+
+    def take(self, sequences: int, capacity: Capacity) -> Callable[[], None]:
+        """Count its sequences as under way; return a function that ends that.
+
+        Raises:
+            LockstepError: as `Capacity.take`; `too_large` where all of the request together could never be taken.
+        """
+        capacity.check_sequences(self.sequences + sequences)
+        give_back = capacity.take(1, sequences)
+        self.sequences += sequences
+
+        def end() -> None:
+            self.sequences -= sequences
+            give_back()
+
+        return end
 
 
 #: Of the running task; None in our own routes.
@@ -215,7 +232,7 @@ class EngineProxy:
                 _check_format(sampling_params, call)
                 if self.media_tokens:
                     vision.check_text(self._engine.model_config, prompt)
-                held.callback(self.capacity.take(1, getattr(sampling_params, "n", 1)))
+                held.callback(call.take(getattr(sampling_params, "n", 1), self.capacity))
                 await self.runs.admitting()
                 if call.session is not None:
                     admission = held.enter_context(call.session.admit())

@@ -87,6 +87,15 @@ def _check_messages(messages: list[dict[str, Any]]) -> None:
                 f"message {index} has the fields {', '.join(message)[:200] or 'none'}: it needs a role, and its text "
                 'as content, as in {"role": "user", "content": "3 + 4 ="}'
             )
+        content = message.get("content")
+        # Templates print what is neither: as None, 5, or []. Answers of an assistant may be calls of tools alone.
+        if not isinstance(content, str) and not (isinstance(content, list) and content):
+            if content is None and role == "assistant":
+                continue
+            raise InvalidRequest(
+                f"the content of message {index} is {content!r:.80}: send text, or a list of parts, as in "
+                '{"role": "user", "content": "3 + 4 ="}'
+            )
 
 
 def check_text(prompt: Any, context: int) -> None:

@@ -70,6 +70,27 @@ def to_vllm(params: SamplingParams, *, skip_special_tokens: bool = True) -> Any:
         raise InvalidRequest(f"sampling: {error}") from error
 
 
+def check_vocabulary(params: Any, model_config: Any, tokenizer: Any) -> None:
+    """Check what vLLM would look at in every request, before there is one: token ids, and words that it tokenizes.
+
+    Args:
+        params, model_config: vLLM's.
+        tokenizer: None where words are not looked at.
+
+    Raises:
+        LockstepError: `invalid_request`.
+    """
+    size: int = model_config.get_vocab_size()
+    for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+        if outside := [token_id for token_id in getattr(params, name) or () if token_id >= size]:
+            raise InvalidRequest(f"sampling.{name}: token id {outside[0]} is outside the vocabulary of {size}")
+    try:
+        if tokenizer is not None:
+            params.update_from_tokenizer(tokenizer)
+    except versions.refusals() as error:
+        raise InvalidRequest(f"sampling: {error}") from error
+
+
 def overridden(client: Any, trainer: SamplingParams, session_id: str, *, truncated: bool) -> Any:
     """Return vLLM's SamplingParams of a client with what the trainer insists on, and logprobs of the sampled tokens.
 

@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from rollout_server.engine.admission import Admission, SessionHold
+from rollout_server.engine.capacity import too_large
 from rollout_server.engine.proxy import EngineProxy
 from rollout_server.engine.turns import in_turn
-from rollout_server.generation.vllm_params import TRAINERS_FIELDS, overridden, to_vllm
+from rollout_server.generation.vllm_params import TRAINERS_FIELDS, check_vocabulary, overridden, to_vllm
 from rollout_server.sessions.recording import Recording
 from rollout_server.sessions.trajectories import Branch, Trajectories, continued
 from rollout_server.settings import ServerSettings
@@ -124,10 +125,10 @@ class RecordedSession:
             return
         for name in (*TRAINERS_FIELDS, "min_tokens"):
             asked, own = document.get(name), getattr(self.request.sampling, name)
-            if asked is not None and _plain(asked) != _plain(own):
+            if asked is not None and _plain(name, asked) != _plain(name, own):
                 raise InvalidRequest(
                     f"{name}={json.dumps(asked):.200} contradicts the sampling of the session, whose trainer asks for "
-                    f"{json.dumps(_plain(own)):.200}; leave it out"
+                    f"{json.dumps(own):.200}; leave it out"
                 )
 
     def admit(self) -> Admission:
@@ -329,12 +330,15 @@ class Sessions:
         """Open a session on the version that serves the request.
 
         Raises:
-            LockstepError: `overloaded`; `invalid_request` where vLLM would refuse the sampling of every call; and as
-                `EngineProxy.reached` and `EngineProxy.admit`.
+            LockstepError: `overloaded`, `too_large`; `invalid_request` where vLLM would refuse the sampling of every
+                call; and as `EngineProxy.reached` and `EngineProxy.admit`.
         """
         self._check_count()
         # The rest is the client's, call by call.
-        to_vllm(request.sampling.model_copy(update={"n": 1, "stop": [], "structured_outputs": None}))
+        sampling = request.sampling.model_copy(update={"n": 1, "stop": [], "structured_outputs": None})
+        params = to_vllm(sampling)
+        if _listed(request) or sampling.bad_words:
+            await in_turn(check_vocabulary, params, proxy.model_config, proxy.turn_tokenizer)
         await proxy.reached(request)
         await proxy.runs.admitting()
         proxy.capacity.check(0)
@@ -413,11 +417,20 @@ class Sessions:
 
     def reserve(self, tokens: int) -> None:
         """Keep room for so many tokens more, that of records that were deleted, then of others of sessions that have
-        ended, the oldest first; raises `overloaded`.
+        ended, the oldest first. Where all of them would not do, none is dropped.
+
+        Raises:
+            LockstepError: `overloaded`; `too_large` where there could never be room.
         """
-        limit = self._settings.max_session_tokens - self.reserved - tokens
-        while self.tokens > limit and self._ended:
-            self.forget(next(iter(self._deleted or self._ended)))
+        most = self._settings.max_session_tokens
+        if tokens > most:
+            raise too_large(f"{tokens} tokens of a session, given and asked for", "--max-session-tokens", most)
+        limit = most - self.reserved - tokens
+        ended = sum(self._known[session_id].tokens for session_id in self._ended) if self.tokens > limit else 0
+        while self.tokens > limit >= self.tokens - ended:
+            oldest = next(iter(self._deleted or self._ended))
+            ended -= self._known[oldest].tokens
+            self.forget(oldest)
         if self.tokens > limit:
             raise Overloaded(
                 f"the sessions of this server hold {self.tokens} tokens, and calls under way may add {self.reserved}; "
@@ -460,14 +473,17 @@ def _token_ids(prompt: Any) -> array[int]:
     token_ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
     if token_ids is None or prompt.get("type") == "multimodal":  # a record holds no images
         raise InvalidRequest("a session takes prompts of text or token ids only")
-    return array("I", token_ids)
+    try:
+        return array("I", token_ids)
+    except OverflowError as error:
+        raise InvalidRequest(f"the prompt holds a token id outside the vocabulary: {error}") from error
 
 
-def _plain(value: Any) -> Any:
+def _plain(name: str, value: Any) -> Any:
     """Return a sampling parameter in one form: keys of `logit_bias` as in JSON, None for what changes nothing."""
-    if isinstance(value, dict):
-        return {str(key): inner for key, inner in value.items()}
-    return None if not value or value == -1 else value
+    if not value or (name == "top_k" and value == -1):
+        return None
+    return {str(key): inner for key, inner in value.items()} if isinstance(value, dict) else value
 
 
 def _digest(token: bytes) -> bytes:

@@ -75,11 +75,28 @@ async def test_formats_that_vllm_would_ignore() -> None:
         await check_body(CHAT, _json(guided_choice=["a"]))
 
 
-@pytest.mark.parametrize("ignored", [{"best_of": 4}, {"best_of": 4, "n": 2}, {"functions": [{"name": "f"}]}])
+@pytest.mark.parametrize(
+    "ignored",
+    [
+        {"best_of": 4},
+        {"best_of": 4, "n": 2},
+        {"functions": [{"name": "f"}]},
+        {"conversation": {"id": "conv_1"}},
+        {"web_search_options": {"search_context_size": "low"}},
+    ],
+)
 async def test_fields_that_vllm_would_ignore(ignored: dict[str, Any]) -> None:
     await check_body(COMPLETIONS, _json(prompt="a", n=2, best_of=2, functions=None, logits_processors=[]))
     with pytest.raises(InvalidRequest, match="would have no effect: send "):
         await check_body(COMPLETIONS, _json(prompt="a", **ignored))
+
+
+@pytest.mark.parametrize("name", ["kv_transfer_params", "ec_transfer_params"])
+async def test_a_field_that_vllm_would_take_for_an_object(name: str) -> None:
+    """vLLM would answer 500 without a word."""
+    await check_body(COMPLETIONS, _json(prompt="a", vllm_xargs={"own": 1}, **{name: {"a": 1}}))
+    with pytest.raises(InvalidRequest, match=f"vllm_xargs holds {name}"):
+        await check_body(COMPLETIONS, _json(prompt="a", vllm_xargs={name: 1}))
 
 
 @pytest.mark.parametrize("field", ["request_id", "model", "user", "prompt"])

@@ -143,6 +143,13 @@ async def test_what_is_not_there_has_our_body(
         assert answer.headers["allow"] in error.message
 
 
+@pytest.mark.parametrize("path", ["/v1/runs/r", "/v1/sessions/none"])
+async def test_all_methods_of_a_path_are_named(client: httpx.AsyncClient, path: str) -> None:
+    answer = await client.put(path)
+    assert answer.status_code == 405
+    assert answer.headers["allow"] == "DELETE, GET"
+
+
 @pytest.mark.parametrize(
     ("method", "path", "status", "code"),
     [

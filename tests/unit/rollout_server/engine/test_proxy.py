@@ -18,7 +18,7 @@ from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from rollout_server.engine.capacity import BODY_BYTES, Capacity
-from rollout_server.engine.proxy import EngineProxy
+from rollout_server.engine.proxy import CALL_CONTEXT, CallContext, EngineProxy
 from rollout_server.runs.slots import SlotState
 from rollout_server.runs.table import RunTable
 from rollout_server.settings import ServerSettings
@@ -113,6 +113,25 @@ async def test_openai_requests_count_their_sequences(served) -> None:
         await anext(unknown)
     assert served.proxy.capacity.sequences == 4
     await stream.aclose()
+    assert served.proxy.capacity.sequences == 0
+
+
+async def test_prompts_of_one_call_that_could_never_run_together(served) -> None:
+    """To ask again would not help."""
+    served.proxy.capacity = Capacity(replace(ServerSettings(), max_sequences=5))
+    token = CALL_CONTEXT.set(CallContext())
+    try:
+        streams = [served.proxy.generate({"prompt_token_ids": [1]}, SimpleNamespace(n=3), name) for name in "ab"]
+        assert (await anext(streams[0])).index == 0
+        with pytest.raises(HTTPException, match="--max-sequences 5") as refusal:
+            await anext(streams[1])
+        assert refusal.value.status_code == 413
+        await streams[0].aclose()
+        later = served.proxy.generate({"prompt_token_ids": [1]}, SimpleNamespace(n=5), "c")  # one after the other
+        assert (await anext(later)).index == 0
+        await later.aclose()
+    finally:
+        CALL_CONTEXT.reset(token)
     assert served.proxy.capacity.sequences == 0
 
 

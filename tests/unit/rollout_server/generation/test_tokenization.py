@@ -122,6 +122,28 @@ def test_messages_of_which_a_template_would_see_nothing(message: dict[str, Any])
         tokenize(tokenizer, Prompt(messages=[{"role": "system", "content": "a"}, message]), {}, 64)
 
 
+@pytest.mark.parametrize("content", [None, 5, True, []])
+@pytest.mark.parametrize("role", ["user", "tool"])
+def test_content_that_a_template_would_print(role: str, content: Any) -> None:
+    """As None, 5, True or [], without an error."""
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.max_chars_per_token = 16
+    with pytest.raises(InvalidRequest, match=r"content of message 1 is .*send text"):
+        tokenize(
+            tokenizer,
+            Prompt(messages=[{"role": "system", "content": "a"}, {"role": role, "content": content}]),
+            {},
+            64,
+        )
+
+
+def test_an_answer_of_calls_alone() -> None:
+    tokenizer = make_tiny_tokenizer()
+    tokenizer.max_chars_per_token = 16
+    for answer in ({"role": "assistant", "content": None}, {"role": "assistant"}):
+        assert tokenize(tokenizer, Prompt(messages=[{"role": "user", "content": "a"}, answer]), {}, 64)
+
+
 def test_stop_strings_that_could_never_be_found() -> None:
     tokenizer = make_tiny_tokenizer()
     assert list(special_stops(["</answer>", "<|im_start|>"], tokenizer)) == [1]

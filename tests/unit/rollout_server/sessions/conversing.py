@@ -46,7 +46,7 @@ class SamplingEngine:
     """Samples up to 6 tokens, of which the last one may be EOS; `gate` holds all of them back."""
 
     errored = False
-    model_config = SimpleNamespace(max_model_len=4096)
+    model_config = SimpleNamespace(max_model_len=4096, get_vocab_size=lambda: len(TOKENIZER))
 
     def __init__(self, seed: int = 0) -> None:
         self.asked: list[Asked] = []

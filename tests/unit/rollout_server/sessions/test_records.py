@@ -19,6 +19,7 @@ from rollout_server.sessions.records import RecordedSession
 from rollout_server.vllm_compat import vision
 from shared.errors import (
     InvalidRequest,
+    LockstepError,
     NoFreeSlot,
     Overloaded,
     SessionEnded,
@@ -27,7 +28,8 @@ from shared.errors import (
 )
 from shared.sampling import SamplingParams as TrainersSampling
 from shared.sessions import SessionRecord, SessionRequest
-from tests.unit.rollout_server.sessions.conversing import Served
+from tests.support.tiny_model import make_tiny_tokenizer
+from tests.unit.rollout_server.sessions.conversing import TOKENIZER, Served
 
 
 @pytest.fixture
@@ -288,6 +290,43 @@ async def test_other_sampling_is_refused_by_name_where_the_trainer_wants_that(se
         (await served.open()).check_call(document)
 
 
+async def test_a_penalty_of_minus_one_is_one(served: Served) -> None:
+    """Only of top_k it means nothing."""
+    session = await served.open(on_conflict="refuse")
+    session.check_call({"top_k": -1, "logit_bias": {}, "bad_words": []})
+    for name in ("presence_penalty", "frequency_penalty"):
+        with pytest.raises(InvalidRequest, match=rf"^{name}=-1 .* asks for 0\.0"):
+            session.check_call({name: -1})
+        own = await served.open(on_conflict="refuse", sampling={name: -1})
+        own.check_call({name: -1.0})
+        with pytest.raises(InvalidRequest, match=rf"^{name}=0 .* asks for -1\.0"):
+            own.check_call({name: 0})
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"stop_token_ids": [len(TOKENIZER)]},
+        {"allowed_token_ids": [3, len(TOKENIZER)]},
+        {"logit_bias": {str(len(TOKENIZER)): 1.0}},
+        {"bad_words": [" "]},
+    ],
+)
+async def test_sampling_that_every_call_would_be_refused_for(served: Served, sampling: dict[str, Any]) -> None:
+    served.proxy.turn_tokenizer = tokenizer = make_tiny_tokenizer()
+    tokenizer.max_token_id = len(tokenizer) - 1  # as vLLM's have it
+    await served.open(sampling={"stop_token_ids": [3], "logit_bias": {"3": 1.0}, "bad_words": ["fox"]})
+    with pytest.raises(InvalidRequest, match=f"^sampling.*{next(iter(sampling))}"):
+        await served.open(sampling=sampling)
+
+
+@pytest.mark.parametrize("token_id", [2**32, 2**70])
+async def test_a_token_id_that_no_record_can_hold(served: Served, token_id: int) -> None:
+    session = await served.open()
+    with pytest.raises(InvalidRequest, match="outside the vocabulary"):
+        await served.call(session, [1, token_id])
+
+
 async def test_limits_end_a_session(served: Served) -> None:
     by_calls = await served.open(max_calls=2)
     for _ in range(2):
@@ -419,6 +458,29 @@ async def test_all_sessions_together_are_bounded() -> None:
     with pytest.raises(UnknownSession):  # its record made room
         served.sessions.get(one.session_id)
     await served.open()
+
+
+async def test_a_call_for_which_there_is_no_room_drops_no_record() -> None:
+    """Others have not read them yet."""
+    served = Served(max_session_tokens=100)
+    await served.flip(0)
+    ended, deleted, going_on = [await served.open() for _ in range(3)]
+    for session in (ended, deleted, going_on):
+        await served.call(session, [1] * 25)
+    ended.end("max_seconds")
+    served.sessions.delete(deleted.session_id)
+    with pytest.raises(LockstepError, match="--max-session-tokens 100") as refusal:
+        await served.call(going_on, [1] * 25, n=50)
+    assert refusal.value.status == 413
+    with pytest.raises(Overloaded):  # its own 25 tokens stay
+        await served.call(going_on, [1] * 25, n=3)
+    assert _record(served.sessions.get(ended.session_id)).calls == 1
+    assert served.sessions.get(deleted.session_id).tokens == deleted.trajectories.tokens
+    await served.call(going_on, [1] * 25, n=1)
+    with pytest.raises(UnknownSession):
+        served.sessions.get(deleted.session_id)
+    assert _record(served.sessions.get(ended.session_id)).calls == 1
+    assert served.sessions.reserved == 0
 
 
 async def test_the_ids_that_a_sampling_lists_count_as_tokens() -> None:

@@ -72,6 +72,16 @@ def test_what_could_never_be_taken_is_refused_for_good(capacity: Capacity, promp
         capacity.check_tokens(101)
 
 
+def test_memory_that_could_never_be_had_is_refused_for_good(capacity: Capacity) -> None:
+    capacity.hold(2 * 2**20)
+    with pytest.raises(LockstepError, match="--max-bodies-mib 2;") as refusal:
+        capacity.hold(2 * 2**20 + 1)
+    assert refusal.value.status == 413
+    with pytest.raises(LockstepError) as full:
+        capacity.hold(1)
+    assert full.value.status == 429
+
+
 @pytest.mark.parametrize("announced", [True, False])
 async def test_bodies_beyond_the_limit(capacity: Capacity, announced: bool) -> None:
     async with _client(capacity, _length) as client:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from rollout_server.engine.proxy import CALL_CONTEXT, EngineProxy
 from rollout_server.runs.table import RunTable
 from rollout_server.settings import ServerSettings
 from rollout_server.vllm_compat import versions
+from shared.errors import SessionEnded
 from shared.weights import WeightVersion
 from tests.support.runs import open_run
 
@@ -65,6 +67,15 @@ async def served():
                 yield f"{output.index};"
 
         return StreamingResponse(events())
+
+    @app.post("/events/{model}")
+    async def events(model: str) -> StreamingResponse:
+        async def lines():
+            yield "data: created\n\n"
+            async for output in outputs(model):
+                yield f"data: {output.index}\n\n"
+
+        return StreamingResponse(lines(), media_type="text/event-stream")
 
     @app.get("/models")
     async def models() -> list[str]:
@@ -130,6 +141,27 @@ async def test_what_vllm_refuses_is_an_error_in_streams_too(served, kind: str, m
     assert served.run.active.requests == 0
 
 
+async def test_a_stream_of_events_that_a_route_breaks_off_ends_with_an_error(served, monkeypatch) -> None:
+    """As that of `/v1/responses` would, without a word."""
+
+    async def end(*args, **kwargs):
+        yield SimpleNamespace(index=0, outputs=[])
+        yield SimpleNamespace(index=1, outputs=[])
+        raise SessionEnded("its time is over")
+
+    monkeypatch.setattr(_Engine, "generate", end)
+    answer = await served.client.post("/events/policy")
+    assert answer.status_code == 200
+    events = answer.text.split("\n\n")
+    assert events[:3] == ["data: created", "data: 0", "data: 1"]
+    assert events[3].startswith("event: error\ndata: ")
+    error = json.loads(events[3].partition("data: ")[2])
+    assert error["type"] == "error"
+    assert error["error"]["code"] == "session_ended"
+    assert events[4:] == [""]
+    assert served.run.active.requests == 0
+
+
 @pytest.mark.parametrize("kind", ["whole", "stream", "early"])
 async def test_refusals_keep_their_status_in_streams(served, kind: str) -> None:
     answer = await served.client.post(f"/{kind}/policy:nobody")
@@ -178,6 +210,19 @@ async def test_the_stream_of_a_response_that_runs_already_is_not_held_back() -> 
 
     await _sent(stream, "GET", sent)
     assert len(sent) == 4
+
+
+async def test_what_vllm_refuses_after_it_has_begun_an_answer() -> None:
+    """As the stream of a response that it has not kept as one."""
+    sent: list[Any] = []
+
+    async def refuse(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise RuntimeError("response already started") from versions.own_refusals()[0]("Unknown response_id")
+
+    await _sent(refuse, "GET", sent)
+    assert [message.get("status") for message in sent] == [400, None]
+    assert json.loads(sent[1]["body"])["error"]["message"] == "Unknown response_id"
 
 
 async def test_an_answer_without_an_end_is_sent() -> None:
