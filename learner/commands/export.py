@@ -18,6 +18,7 @@ from shared.fingerprint import fingerprint_checkpoint
 from shared.rounding import Arrived
 
 CARD_FILE = "README.md"
+MERGED_DTYPE = "bfloat16"
 
 
 def export(
@@ -27,7 +28,7 @@ def export(
     merged: bool = False,
     model: str | None = None,
     revision: str | None = None,
-    dtype: str = "bfloat16",
+    dtype: str = MERGED_DTYPE,
     force: bool = False,
 ) -> tuple[Path, Arrived]:
     """Write the adapter in `source` (see `learner.adapters.stored.find_adapter`) to `out`.
@@ -43,7 +44,7 @@ def export(
         dtype: of a merged model's weights.
         force: replace an earlier export in `out`.
     """
-    adapter, target = open_adapter(source), Path(out).absolute()
+    adapter, target = open_adapter(source), Path(out).resolve()
     check_writable(out, "--out", directory=True)
     adapter.check_finite()
     if not model:
@@ -78,16 +79,21 @@ def export(
 def main(argv: Sequence[str]) -> int:
     """Run the command. Return the exit code."""
     options = make_parser().parse_args(argv)
+    if options.dtype and not options.merge:
+        raise InvalidRequest(
+            "--dtype is of a merged model, and an adapter keeps its own: give --merge, too, or leave it out"
+        )
+    dtype = options.dtype or MERGED_DTYPE
     source, arrived = export(
         options.source,
         options.out,
         merged=options.merge,
         model=options.model_name_or_path,
         revision=options.model_revision,
-        dtype=options.dtype,
+        dtype=dtype,
         force=options.force,
     )
-    what = f"merged in {options.dtype}" if options.merge else "as it is"
+    what = f"merged in {dtype}" if options.merge else "as it is"
     size = sum(path.stat().st_size for path in Path(options.out).iterdir())
     print(f"{source}, {what}, is in {options.out} ({size / 2**20:,.1f} MiB)")
     if options.merge:
@@ -113,6 +119,9 @@ def _check_target(target: Path, force: bool, sources: Sequence[Path]) -> None:
         return
     if not force:
         raise InvalidRequest(f"{target} exists; choose another --out, or replace it with --force")
+    if (is_mount := target.is_mount()) or target.samefile("."):
+        what = "is a mount point" if is_mount else "is the current directory"
+        raise InvalidRequest(f"{target} {what}, which --force cannot replace: choose another --out, such as one in it")
     card = target / CARD_FILE
     if not card.is_file() or MARK not in card.read_text(errors="replace"):
         raise InvalidRequest(f"{target} is no export, so --force does not replace it; choose another --out")
@@ -129,8 +138,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--dtype",
         type=dtype_name,
         choices=tuple(DTYPES),
-        default="bfloat16",
-        help="of a merged model (default %(default)s)",
+        help=f"of a merged model (default {MERGED_DTYPE})",
     )
     add("--model-name-or-path", help="the base model (default: the one the adapter names)")
     add("--model-revision", help="of the base model on the hub")

@@ -146,7 +146,7 @@ def recipe(answers: dict[str, Any], path: Path) -> str:
     """Return the recipe's text."""
     on_cpu = answers["place"] == "cpu"
     options: dict[str, Any] = {"model_name_or_path": answers["model"], "task": answers["task"]}
-    if answers["prompt_column"] != "prompt" and _needs_reward(answers):
+    if answers["prompt_column"] != "prompt" and not str(answers["task"]).startswith("reasoning_gym:"):
         options["prompt_column"] = answers["prompt_column"]
     if answers["reward"]:
         options["reward_funcs"] = [answers["reward"]]

@@ -98,6 +98,27 @@ def check_options(config: LearnerConfig, args: GRPOConfig, model_args: ModelConf
     return lora
 
 
+def checked_task(config: LearnerConfig, args: GRPOConfig) -> Task:
+    """Load the task, with what is refused of its data: `invalid_request`."""
+    has_agent = bool(config.agent or config.agent_command)
+    task = load_task(
+        config.require_task(),
+        task_args=cast(dict[str, Any], config.task_args),
+        eval_size=config.eval_size,
+        train_size=config.train_size,
+        seed=args.seed,
+        reward_specs=config.reward_funcs,
+        reward_weights=args.reward_weights,
+        prompt_column=config.prompt_column,
+        eval_dataset=config.eval_dataset,
+        default_reward=agent_reward if has_agent else None,
+    )
+    check_evaluated(args, task.eval)
+    if not (has_agent or config.environment):  # which may log metrics of their own
+        check_best_metric(args, task.reward_funcs)
+    return task
+
+
 def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dict[str, Any]:
     """Train, save the adapter in `output_dir/adapter`, and return the run's summary.
 
@@ -107,7 +128,8 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     started, out = time.perf_counter(), Path(args.output_dir)
     model, revision = model_args.model_name_or_path, model_args.model_revision
     show_messages(is_main=_is_main())
-    urls, task_spec = config.require_urls(), config.require_task()
+    urls = config.require_urls()
+    config.require_task()
     if not model:
         raise InvalidRequest("give --model_name_or_path: the base model, the same as the rollout server's")
     args.full_determinism = args.full_determinism or config.deterministic
@@ -131,21 +153,7 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     own = fingerprint_checkpoint(model, revision)
     asked = _asked(args)
     checkpoint = resume_point(out, asked, settings_before(args, lora, config, own.weights))
-    task = load_task(
-        task_spec,
-        task_args=cast(dict[str, Any], config.task_args),
-        eval_size=config.eval_size,
-        train_size=config.train_size,
-        seed=args.seed,
-        reward_specs=config.reward_funcs,
-        reward_weights=args.reward_weights,
-        prompt_column=config.prompt_column,
-        eval_dataset=config.eval_dataset,
-        default_reward=agent_reward if agent else None,
-    )
-    check_evaluated(args, task.eval)
-    if not (agent or environment):  # which may log metrics of their own
-        check_best_metric(args, task.reward_funcs)
+    task = checked_task(config, args)
     pool = meet(config)
     states = [replica.known for replica in pool.up()]
     for state in states:  # what is known before the model is loaded; `attach` checks all of it

@@ -25,6 +25,7 @@ from typing import Any
 from learner.commands.flags import Parser, either_spelling, is_true, number, tied, words
 from learner.commands.up_output import Output, say
 from learner.commands.up_recipe import ADDRESS, Recipe, read_recipe
+from learner.monitors.page_server import CHOSEN_PORT
 from learner.run_dir.checkpoint import last_checkpoint
 from learner.run_dir.lock import UP_LOCK, OutputLock
 from learner.servers.client import RolloutClient
@@ -184,9 +185,12 @@ def plan_here(recipe: Recipe) -> Plan:
     url = f"http://127.0.0.1:{port}"
     learner = [*module_command("learner.cli"), "train", *recipe.learner, "--rollout_url", url]
     learner += ["--output_dir", str(output_dir)]
+    plan = Plan(url, output_dir, command, learner, **placed, recipe_environment=recipe.environment)
     if recipe.wants_page:
-        learner += ["--page_port", str(free_port(PAGE_PORT))]
-    return Plan(url, output_dir, command, learner, **placed, recipe_environment=recipe.environment)
+        page_port = str(free_port(PAGE_PORT))
+        plan.learner += ["--page_port", page_port]
+        plan.learner_environment[CHOSEN_PORT] = page_port
+    return plan
 
 
 def _check_address(port: str, flags: Sequence[str]) -> None:

@@ -37,6 +37,7 @@ from learner.commands.up import (
 )
 from learner.commands.up_output import Output, say
 from learner.commands.up_recipe import Recipe
+from learner.monitors.page_server import CHOSEN_PORT
 from learner.run_dir.checkpoint import last_checkpoint
 from learner.run_dir.lock import UP_LOCK, OutputLock, wait_unused
 from learner.utils.ports import free_port
@@ -262,8 +263,10 @@ def _learner(recipe: Recipe, tokens: bytes, name: str, home: Node | None, count:
         sent["ca"] = _read(str(path), "ca_file")
         train += ["--ca_file", place("ca")]
     train += ["--rollout_url", f"ray:{name}", "--output_dir", os.path.abspath(recipe.output_dir)]
+    common = _common(recipe)
     if home and recipe.wants_page:
-        train += ["--page_port", str(free_port(PAGE_PORT))]
+        train += ["--page_port", page_port := str(free_port(PAGE_PORT))]
+        common["environment"] = {**recipe.environment, CHOSEN_PORT: page_port}
     ranks = max((recipe.options.learner_gpus or 1) // count, 1)
     launched = ["torch.distributed.run", "--nproc-per-node", str(ranks)]
     meeting = ["--master-addr", FIRST_HOST, "--master-port", FIRST_PORT]
@@ -272,7 +275,7 @@ def _learner(recipe: Recipe, tokens: bytes, name: str, home: Node | None, count:
         place_of = ["--nnodes", str(count), "--node-rank", str(number), *meeting] if count > 1 else ["--standalone"]
         words = [*launched, *place_of, "-m", *train] if count * ranks > 1 else train
         module, *arguments = words
-        commands.append(Command(module, tuple(arguments), sent, patience_s=LEARNER_PATIENCE_S, **_common(recipe)))
+        commands.append(Command(module, tuple(arguments), sent, patience_s=LEARNER_PATIENCE_S, **common))
     return commands
 
 

@@ -151,20 +151,31 @@ def read_recipe(options: argparse.Namespace, flags: Sequence[str]) -> Recipe:
         # A later file changes single lines of these, as the learner reads them.
         server |= _server_section(own.pop("server", None))
         environment |= own.pop("env", {})
+        for name, value in own.items():
+            if flag := _flag_of_server(name, value):
+                key, _, text = flag.removeprefix("--").partition(" ")
+                raise InvalidRequest(
+                    f"--config {path}: {name} belongs to the server: write `{key}: {text or 'true'}` below `server:`"
+                )
         given |= own
     for name, value in _values(flags).items():
-        if name not in training.options() and name not in ADDRESS and (flag := server_flag(name, value)):
+        if flag := _flag_of_server(name, value):
             raise InvalidRequest(f"--{name} belongs to the server: give --server-flags {shlex.quote(flag)}")
         given[name] = None if is_none(value) else value
     if given.get("rollout_url"):
         raise InvalidRequest("rollout_url: `learner up` starts the server itself; for one elsewhere, `learner train`")
+    training.check(written)  # which knows other tools' names of what would be missing below
     if not given.get("model_name_or_path"):
         raise InvalidRequest("give --model_name_or_path: the base model of both, in the recipe or as a flag")
-    training.check(written)
     output_dir = Path(given.get("output_dir") or Path("runs") / (files[-1].stem if files else "run"))
     check_writable(output_dir, "output_dir", directory=True)
     check_unused(output_dir)
     return Recipe(options, given, server, written, output_dir, environment)
+
+
+def _flag_of_server(name: str, value: Any) -> str | None:
+    """Return the server's flag, with its value, that an option stands for where the learner has none of that name."""
+    return None if name in training.options() or name in ADDRESS else server_flag(name, value)
 
 
 def _server_section(section: Any) -> dict[str, Any]:

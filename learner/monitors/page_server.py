@@ -24,6 +24,8 @@ from shared.bearer_tokens import is_loopback
 _LOOK, _ALIVE = 0.5, 5.0
 #: Most runs in one view, and runs whose data is kept.
 _VIEWED, _KEPT = 8, 16
+#: Variable with the port that `learner up` has chosen, which somebody else may have when it is listened on.
+CHOSEN_PORT = "LOCKSTEP_CHOSEN_PAGE_PORT"
 _HEADERS = [
     ("Cache-Control", "no-store"),
     ("X-Content-Type-Options", "nosniff"),

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, fields
+from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainerCallback
 
 from learner.adapters.exporter import active_adapter
-from learner.monitors.page_server import serve_page
+from learner.monitors.page_server import CHOSEN_PORT, serve_page
 from learner.monitors.prometheus import LearnerMetrics
 from learner.monitors.run_page import RunView, render
 from learner.monitors.run_table import StepTable
@@ -23,6 +25,7 @@ from learner.run_dir.files import JsonLines, finite, read_lines
 from learner.session import Session
 from learner.step_metrics import StepReport
 from learner.utils.atomic import write_atomically
+from shared.errors import InvalidRequest
 
 logger = logging.getLogger("lockstep.monitors")
 
@@ -78,7 +81,7 @@ class Recorder(TrainerCallback):
         if self._config.run_page:
             self._session.page = self._page.resolve().as_uri()
         if self._config.page_port:
-            url = serve_page(self._page.parent, self._config.page_host, self._config.page_port)
+            url = _serve_page(self._page.parent, self._config.page_host, self._config.page_port)
             logger.info("the run's page, live: %s", url)
             self._session.page = url
 
@@ -160,3 +163,13 @@ def _plain(value: Any) -> str:
         texts = map(_plain, value)
         return ", ".join(sorted(texts) if isinstance(value, set) else texts)
     return _USER.sub("//…@", str(value))
+
+
+def _serve_page(folder: Path, host: str, port: int) -> str:
+    """Serve the run's page; at a free port where `port` is taken and nobody has asked for it."""
+    try:
+        return serve_page(folder, host, port)
+    except InvalidRequest:
+        if os.environ.get(CHOSEN_PORT) != str(port):
+            raise
+        return serve_page(folder, host, 0)

@@ -74,6 +74,11 @@ def load_dataset_task(
 def _read(spec: str) -> Dataset:
     path = Path(spec).expanduser()
     if kind_of(path) in FILE_KINDS or path.exists():
+        if path.is_dir():
+            raise TaskError(
+                f"{path} is a directory: name one {'/'.join(FILE_KINDS)} file in it, or module:object, which may load "
+                "it with datasets"
+            )
         if not path.is_file():
             raise TaskError(f"no file {path}")
         return read_file(path)

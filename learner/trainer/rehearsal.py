@@ -20,6 +20,8 @@ from shared.messages import one_line
 
 #: Schedules whose steps take a metric.
 _OF_METRICS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+#: Schedules without settings: `get_scheduler` drops what it is given.
+_PLAIN = (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP)
 
 
 def rehearse(args: GRPOConfig) -> None:
@@ -64,6 +66,8 @@ def _optimize(args: GRPOConfig) -> None:
 
 
 def _schedule(args: GRPOConfig) -> None:
+    if args.lr_scheduler_kwargs and args.lr_scheduler_type in _PLAIN:
+        raise ValueError(f"{', '.join(args.lr_scheduler_kwargs)} has no effect on this schedule; leave it out")
     optimizer, steps = torch.optim.SGD([_number()], lr=1.0), 10
     # With both a warm-up and steps after it, since each reads other settings.
     scheduler: Any = get_scheduler(args.lr_scheduler_type, optimizer, 1, steps, args.lr_scheduler_kwargs)

@@ -47,9 +47,16 @@ def write_atomically(path: Path, text: str, *, mode: int = 0o666, durable: bool 
 
 @contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:
-    """Yield an empty directory, which replaces `target` when the block succeeds."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    """Yield an empty directory, which replaces `target`, or what it links to, when the block succeeds.
+
+    A directory that is there and empty is kept and gets the contents: it may be mounted, be a process's current one, or
+    lie where its owner may not write.
+    """
+    target = target.resolve()
+    is_filled = target.is_dir() and is_missing_or_empty(target)
+    place = target if is_filled else target.parent
+    place.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=place))
     building = staging / target.name
     building.mkdir()
     try:
@@ -57,7 +64,10 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         mode = building.stat().st_mode & 0o666  # what the umask allows: safetensors makes its files private
         for file in filter(Path.is_file, building.iterdir()):
             file.chmod(mode)
-        replace_directory(building, target)
+        if is_filled:
+            _move_contents(building, target)
+        else:
+            replace_directory(building, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -84,6 +94,19 @@ def replace_directory(staged: Path, target: Path, *, aside: Path | None = None, 
         raise
     if durable:
         _sync(target.parent)
+
+
+def _move_contents(staged: Path, target: Path) -> None:
+    """Move everything in `staged` to `target`, or nothing."""
+    names = [path.name for path in staged.iterdir()]
+    try:
+        for name in names:
+            (staged / name).rename(target / name)
+    except BaseException:
+        for name in names:
+            if (target / name).exists():
+                (target / name).rename(staged / name)
+        raise
 
 
 def is_missing_or_empty(target: Path) -> bool:

@@ -162,6 +162,33 @@ def task_missing(setup, tmp_path, monkeypatch):
     setup.options["task"] = "questions.jsonl"
 
 
+def questions(setup, tmp_path, count):
+    """Let the task be a file with so many questions."""
+    (tmp_path / "questions.jsonl").write_text("\n".join(json.dumps({"prompt": f"{i}?"}) for i in range(count)))
+    setup.options["task"] = str(tmp_path / "questions.jsonl")
+    setup.options["reward_funcs"] = "learner.tasks.rewards:exact_match"
+
+
+def too_few_questions(setup, tmp_path, monkeypatch):
+    questions(setup, tmp_path, 100)
+
+
+def no_such_column(setup, tmp_path, monkeypatch):
+    questions(setup, tmp_path, 200)
+    setup.options["prompt_column"] = "question"
+
+
+def no_reward(setup, tmp_path, monkeypatch):
+    questions(setup, tmp_path, 200)
+    del setup.options["reward_funcs"]
+
+
+def damaged_evaluation(setup, tmp_path, monkeypatch):
+    questions(setup, tmp_path, 200)
+    (tmp_path / "eval.csv").write_text("prompt,answer\na\n")
+    setup.options["eval_dataset"] = str(tmp_path / "eval.csv")
+
+
 def reward_missing(setup, tmp_path, monkeypatch):
     setup.options["reward_funcs"] = "learner.tasks.rewards:math_answer my_rewardz:short"
 
@@ -239,6 +266,10 @@ BROKEN = [
     (task_missing, "task", "there is no file questions.jsonl"),
     (reward_missing, "task", "reward_funcs: there is no module my_rewardz for my_rewardz:short in /"),
     (reward_misspelt, "task", "reward_funcs: .*no 'nope' in learner.tasks.rewards; it has"),
+    (too_few_questions, "data", "has 100 different questions: too few to hold out 128 .*--eval_size"),
+    (no_such_column, "data", "no column 'question'; it has prompt"),
+    (no_reward, "data", "a dataset needs a reward"),
+    (damaged_evaluation, "data", "eval.csv, row 1, has 1 fields"),
     (no_number, "options", "--learning_rate: 'abc' is not a number"),
     (no_length, "options", "--max_completion_length: 'abc' is not a whole number"),
     (unknown_optimizer, "options", "adamw_typo"),
@@ -269,6 +300,20 @@ def test_a_broken_setup_is_named_with_what_to_do(setup, tmp_path, monkeypatch, b
 )
 def test_nothing_is_wrong_with_what_works(setup, more):
     setup.options |= more
+    assert setup.wrong() == []
+
+
+def test_data_are_read_where_that_takes_seconds(setup, tmp_path, monkeypatch):
+    questions(setup, tmp_path, 200)
+    setup.options["eval_size"] = "20"
+    argv = [word for name, value in setup.options.items() for word in (f"--{name}", value)]
+    assert [found.text for found in diagnose(argv) if found.about == "data"] == [
+        "180 questions to train on, 20 held out"
+    ]
+    monkeypatch.setattr(doctor, "_READ_BYTES", 100)
+    assert not [found for found in diagnose(argv) if found.about == "data"]
+    setup.options |= {"eval_dataset": "org/of-the-hub"}
+    monkeypatch.setattr(doctor, "_READ_BYTES", 2**20)
     assert setup.wrong() == []
 
 

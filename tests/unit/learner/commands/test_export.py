@@ -166,6 +166,34 @@ def test_force_replaces_exports_only(model_dir: Path, tmp_path: Path, capsys: py
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")], "nothing half done is left"
 
 
+def test_an_export_into_the_current_directory(model_dir: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    _adapter(model_dir, tmp_path / "adapter")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    command = ["export", str(tmp_path / "adapter"), "--out", "."]
+    assert main(command) == 0
+    assert Path("adapter_config.json").is_file(), "the directory is still the one that the shell is in"
+    assert main([*command, "--force"]) == 2
+    assert "is the current directory, which --force cannot replace" in capsys.readouterr().err
+
+
+def test_a_dtype_needs_a_merge(model_dir: Path, tmp_path: Path, capsys) -> None:
+    _adapter(model_dir, tmp_path / "adapter")
+    command = ["export", str(tmp_path / "adapter"), "--out", str(tmp_path / "out"), "--dtype", "bf16"]
+    assert main(command) == 2
+    assert "--dtype is of a merged model" in capsys.readouterr().err
+    assert main([*command, "--merge"]) == 0
+
+
+def test_what_is_mounted_is_not_replaced(model_dir: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    _adapter(model_dir, tmp_path / "adapter")
+    command = ["export", str(tmp_path / "adapter"), "--out", str(tmp_path / "volume")]
+    assert main(command) == 0
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "volume")
+    assert main([*command, "--force", "--merge"]) == 2
+    assert "is a mount point, which --force cannot replace" in capsys.readouterr().err
+
+
 def _checkpoint(folder: Path, step: int) -> None:
     folder.mkdir(parents=True)
     state = {"fence": 0, "step": step, "micro_step": 0, "pushes": 0, "completions": 0, "completion_tokens": 0}

@@ -59,6 +59,12 @@ def test_what_makes_its_prompts_has_no_column(capsys) -> None:
     assert "prompt_column" not in Path("recipe.yaml").read_text()
 
 
+def test_a_task_of_the_users_is_told_the_column() -> None:
+    assert main(["init", "--model", "m", "--task", "my_tasks:load", "--prompt-column", "question"]) == 0
+    config, _, _ = OptionParser().parse(["--config", "recipe.yaml", "--bf16", "false", "--use_cpu", "true"])
+    assert (config.prompt_column, config.reward_funcs) == ("question", None)
+
+
 def test_nothing_but_a_file_is_written_over() -> None:
     os.mkfifo("pipe")
     assert main(["init", *FLAGS, "--out", "pipe"]) == 2

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import cloudpickle
 import pytest
 
 import learner.commands.train
+from learner.commands.config_file import read_config_file
 from learner.commands.training import read_options
 from learner.tasks import load_task
 from learner.tasks.base import TaskError
 from learner.tasks.examples.extraction import fields_right
 from learner.tasks.examples.guessing import Guessing
 from learner.tasks.prompts import question_key
-from learner.trainer.checks import check_corrected, check_grpo
+from learner.trainer.checks import check_corrected, check_grpo, check_slots
+from rollout_server.settings import ServerSettings
 
 RECIPES = sorted((Path(__file__).parents[4] / "recipes").glob("*.yaml"))
 
@@ -26,9 +29,13 @@ def test_recipes_are_options_that_exist(path, tmp_path):
     given = read_options(flags)
     assert "task" in given
     assert not {"env", "server"} & set(given)
+    # No push waits for a slot of the server that `learner up` starts.
+    slots = (read_config_file(path).get("server") or {}).get("slots_per_run", ServerSettings().slots_per_run)
     config, args, model_args = learner.commands.train.parse(flags)
     check_grpo(args)
     check_corrected(args, config)
+    trainer = SimpleNamespace(args=args, num_iterations=args.num_iterations)
+    check_slots(trainer, SimpleNamespace(slots_per_run=slots, apply="columns"), config)
     assert model_args.lora_dropout == 0.0, "the server applies none"
     if ":" in config.require_task() and "/" not in config.require_task():
         task = load_task(config.task, task_args=config.task_args, eval_size=8, train_size=64)

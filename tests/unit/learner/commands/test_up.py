@@ -14,6 +14,7 @@ import pytest
 
 from learner.cli import main
 from learner.commands import training, up
+from learner.monitors.page_server import CHOSEN_PORT
 from shared.errors import InvalidRequest
 
 SERVER = """
@@ -243,6 +244,9 @@ def test_the_page_is_served_unless_the_recipe_says_otherwise(recipe: Path) -> No
         except OSError:
             pass
         assert port("") not in (None, str(up.PAGE_PORT))
+    plan = _plan(recipe, "use_cpu: true")
+    assert plan.learner_environment[CHOSEN_PORT] == plan.learner[plan.learner.index("--page_port") + 1]
+    assert CHOSEN_PORT not in _plan(recipe, "use_cpu: true", "--page_port", "9000").learner_environment
     assert port("", "--page_port", "9000") == "9000"
     for text in ("page_port: 9000", "page_port:", "run_page: false"):
         assert port(text) is None

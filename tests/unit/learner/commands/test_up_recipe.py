@@ -167,3 +167,26 @@ def test_a_mistake_is_answered_before_anything_is_started(recipe: Path, capsys, 
     assert error in shown.err
     assert shown.out == ""
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("model_name: tiny", "there is no option model_name: it is model_name_or_path here"),
+        (
+            "model_name_or_path: tiny\nmax_seq_length: 64",
+            "max_seq_length belongs .* `max-model-len: 64` below `server:`",
+        ),
+        ("model_name_or_path: tiny\nenforce_eager: true", "enforce_eager belongs .* `enforce-eager: true` below"),
+        ("model_name_or_path: tiny\nport: 80", "there is no option port: it belongs to the server"),
+    ],
+)
+def test_words_of_other_tools_are_answered_in_a_file(recipe: Path, line: str, error: str) -> None:
+    recipe.write_text(line)
+    with pytest.raises(InvalidRequest, match=f"--config .*mine.yaml: {error}"):
+        read("--config", str(recipe))
+
+
+def test_words_of_other_tools_come_before_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["up", "--model_name", "tiny"]) == 2
+    assert "there is no --model_name: it is --model_name_or_path here" in capsys.readouterr().err

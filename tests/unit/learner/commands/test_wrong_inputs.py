@@ -123,6 +123,14 @@ def the_line(capsys):
         ("lora_task_type: X", "lora_task_type"),
         ("lr_scheduler_kwargs: {nope: 1}", "lr_scheduler_kwargs.*nope"),
         ("lr_scheduler_type: cosine_with_min_lr", "lr_scheduler_kwargs"),
+        (
+            "lr_scheduler_type: constant\nlr_scheduler_kwargs: {min_lr: 1e-7}",
+            "min_lr has no effect",
+        ),
+        (
+            "lr_scheduler_type: constant_with_warmup\nlr_scheduler_kwargs: {a: 1}",
+            "kwargs.* a has no effect",
+        ),
         ("seed: 99999999999999999999", "seed"),
         ("lora_target_modules: q_prj", "lora_target_modules: the model has no q_prj; its linear layers are q_proj"),
         ("lora_target_modules: [q_proj, nope]", "lora_target_modules: the model has no nope; .*, up_proj"),

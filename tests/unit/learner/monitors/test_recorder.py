@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from learner.config import LearnerConfig
 from learner.monitors import recorder
+from learner.monitors.page_server import CHOSEN_PORT
 from learner.monitors.progress import show_progress
 from learner.run_dir.files import JsonLines
 from learner.trainer.attach import attach
@@ -196,6 +197,19 @@ def test_where_the_page_is_is_said_once(make_trainer, client, tmp_path, capsys, 
     places = {"served": f"http://127.0.0.1:{port}/", "file": (tmp_path / "run" / "run.html").as_uri()}
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("open the page")]
     assert said == [f"open the page: {place}" for name, place in places.items() if name == kind]
+
+
+def test_a_page_goes_elsewhere_where_nobody_asked_for_its_port(make_trainer, client, capsys, monkeypatch):
+    """`learner up` chooses a free one; until the learner listens on it, another training may have taken it."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setenv(CHOSEN_PORT, str(port))
+        session = attach(trainer := make_trainer(), client=client, run_id="r", page_port=port)
+        show_progress(trainer, session)
+        trainer.train()
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("open the page")]
+    assert re.fullmatch(r"open the page: http://127\.0\.0\.1:\d+/", said)
+    assert f":{port}/" not in said
 
 
 def test_the_live_page_of_a_training(make_trainer, client):

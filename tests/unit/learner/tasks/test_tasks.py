@@ -231,6 +231,7 @@ def test_chat_rows_stay_chat(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"spec": "nowhere.jsonl"}, "no file nowhere.jsonl"),
+        ({"spec": "."}, ". is a directory: name one .*parquet file in it, or module:object"),
         ({"spec": "no such dataset"}, "could not be loaded from the hub"),
         ({"prompt_column": "question"}, "no column 'question'; it has prompt, answer"),
         ({"reward_specs": None}, "needs a reward"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -88,3 +89,44 @@ def test_a_directory_is_replaced_or_kept(tmp_path: Path, monkeypatch: pytest.Mon
         pass
     assert (target / "weights").read_text() == "second", "what had been moved aside is put back"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_empty_directory_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be mounted, be the current one, or lie where nothing else may be written."""
+    target = tmp_path / "model"
+    target.mkdir()
+    before = target.stat().st_ino
+    rename = Path.rename
+
+    def fail(path: Path, to: Path) -> Path:
+        if path.is_relative_to(target) and to == target / "b":
+            raise OSError("no space left on device")
+        return rename(path, to)
+
+    for outcome in ("fails", "succeeds"):
+        with monkeypatch.context() as patch:
+            if outcome == "fails":
+                patch.setattr(Path, "rename", fail)
+            with contextlib.suppress(OSError), atomic_directory(target) as building:
+                for name in ("a", "b", "c"):
+                    (building / name).touch()
+        assert sorted(path.name for path in target.iterdir()) == ([] if outcome == "fails" else ["a", "b", "c"])
+    assert target.stat().st_ino == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("there", ["nothing", "empty", "earlier"])
+def test_a_link_to_a_directory_stays_one(tmp_path: Path, there: str) -> None:
+    disk, link = tmp_path / "disk", tmp_path / "link"
+    disk.mkdir()
+    link.symlink_to(disk / "model")
+    if there != "nothing":
+        (disk / "model").mkdir()
+    if there == "earlier":
+        (disk / "model" / "old").touch()
+    with atomic_directory(link) as building:
+        (building / "weights").touch()
+        assert building.is_relative_to(disk), "what is built may be too large for the link's own disk"
+    assert link.is_symlink()
+    assert [path.name for path in (disk / "model").iterdir()] == ["weights"]
+    assert [path.name for path in disk.iterdir()] == ["model"]
