@@ -119,11 +119,11 @@ def compare(records: Sequence[Record], windows: Sequence[tuple[float, float]], r
     """Return the rates of windows that alternate between quiet and pushing, and those of pairs of neighbours.
 
     `share` is the geometric mean of a pair's pushing rate by its quiet one, `share_error` its standard error: how small
-    a loss the windows can show.
+    a loss the windows can show; None of a single pair, and where decoding stood still.
     """
     rates = [tokens_within(records, start, end) / (end - start) for start, end in windows]
     quiet, pushing = rates[::2], rates[1::2]
-    logs = [math.log(p / q) for p, q in zip(pushing, quiet, strict=True)]
+    logs = [math.log(p / q) if p else -math.inf for p, q in zip(pushing, quiet, strict=True)]
     share = math.exp(statistics.fmean(logs))
     return {
         "requests": requests,
@@ -132,7 +132,7 @@ def compare(records: Sequence[Record], windows: Sequence[tuple[float, float]], r
         "tokens_per_s_pushing": statistics.median(pushing),
         "ratio": spread([p / q for q, p in zip(quiet, pushing, strict=True)]),
         "share": share,
-        "share_error": share * statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else None,
+        "share_error": share * statistics.stdev(logs) / math.sqrt(len(logs)) if share and len(logs) > 1 else None,
         "windows_tokens_per_s": [round(rate, 1) for rate in rates],
     }
 

@@ -208,9 +208,9 @@ class AdapterWeights:
         adapter = active_adapter(model)
         layers = lora_layers(model, adapter)
         self.modules = list(layers)
+        self._adapter, self._layers = adapter, list(layers.values())
         self.a = [layer.lora_A[adapter].weight for layer in layers.values()]
         self.b = [layer.lora_B[adapter].weight for layer in layers.values()]
-        self._scalings = [float(layer.scaling[adapter]) for layer in layers.values()]
 
     @property
     def sharded(self) -> bool:
@@ -239,7 +239,8 @@ class AdapterWeights:
         """Return `values`, in the form of `copied`, as servers hold them: A, and B times its scaling, in `dtype`."""
         if not self.loses_by(dtype):
             return list(values)
-        scalings = [*([1.0] * len(self.a)), *self._scalings]
+        # Of B that counts for nothing (lora_alpha=0) any will do.
+        scalings = [*([1.0] * len(self.a)), *(float(layer.scaling[self._adapter]) or 1.0 for layer in self._layers)]
         return [
             ((value.float() * scaling).to(dtype).float() / scaling).to(value.dtype)
             for value, scaling in zip(values, scalings, strict=True)

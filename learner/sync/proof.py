@@ -44,7 +44,7 @@ from learner.adapters.exporter import TORCH_DTYPES, active_adapter, lora_layers
 from learner.servers.client import RolloutClient
 from learner.servers.pool import ServerPool
 from learner.servers.prompts import images_of
-from learner.sync.evidence import Share, Suspicion, closest, share, without
+from learner.sync.evidence import Evidence, Share, Suspicion, closest, without
 from learner.sync.probe import LONG_TOKENS, SEEN_TOKENS, AdapterWeights, LearnerLogprobs, Probe, ProbeText
 from learner.sync.tolerance import (
     FLOOR,
@@ -463,17 +463,20 @@ class SyncProof:
                 rms = float(np.sqrt(np.mean(moved_N**2)))
                 if not rms:
                     return None
+                if math.isnan(rms):  # enlarged so much that it overflows
+                    rms = math.inf
                 self._enlarged = min(max(factor * STEP_NATS / rms, 1 / 4), LARGEST)
                 if 0.3 < self._enlarged / factor < 3.0:
                     break
-        return moved_N / factor
+        return moved_N / factor if np.isfinite(moved_N).all() else None
 
     def _check_step(self, now: Measurement, step_N: np.ndarray) -> None:
         """Add what this proof knows of the last step to the evidence against a server."""
         assert now.version
         base = self.bases.get(now.server)
         residual_N = without(now.mismatch, base.mismatch) if base else now.mismatch
-        found = share(residual_N, step_N, self.probe.rows, FLOOR / SAFETY)
+        evidence = Evidence.of(residual_N, step_N, self.probe.rows, FLOOR / SAFETY)
+        found = evidence.share()
         if found is None:
             return
         if self.step_share is None or found.value < self.step_share.value:
@@ -486,7 +489,7 @@ class SyncProof:
                 "Start it with --apply columns, and leave packed_passes on (said once, logged as lockstep/step_share)",
                 *(found.value, found.error, now.server),
             )
-        if now.is_decisive and self._suspicions[now.server].add(found):
+        if now.is_decisive and self._suspicions[now.server].add(evidence):
             raise InstallFailed(self._accusation(now, step_N, found))
 
     def _accusation(self, now: Measurement, step_N: np.ndarray, found: Share) -> str:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable
-from contextlib import asynccontextmanager, nullcontext, suppress
+from contextlib import asynccontextmanager, nullcontext
 
 from rollout_server.engine.proxy import EngineProxy
 from rollout_server.ipc.client import Workers
@@ -59,8 +59,10 @@ class Sleep:
         """
         if self._enabled and self._level:
             await self.fall_asleep()
-            with suppress(InvalidRequest):
+            try:
                 await self.wake()
+            except InvalidRequest as error:
+                logger.warning(error.message)
 
     async def wake(self) -> None:
         """Take the memory again and go on; no effect if it is awake.
@@ -104,6 +106,8 @@ class Sleep:
         except BaseException as error:  # half of its memory may be there
             reason = EngineDead(f"the engine did not {what}: {type(error).__name__} {error}".rstrip())
             self._proxy.give_up(reason)
+            if isinstance(error, asyncio.CancelledError):
+                raise
             raise reason from error
         logger.info("%s after %.2f s", "asleep" if self._proxy.asleep else "awake", time.monotonic() - started)
 

@@ -26,6 +26,8 @@ def test_a_share_of_the_rate_comes_with_how_small_a_loss_its_windows_can_show() 
     assert found["share"] == pytest.approx(1.0), "half and double are equally far from one"
     assert found["share_error"] == pytest.approx(math.log(2))
     assert compare(records, windows[:2], 1)["share_error"] is None
+    stalled = compare(records[:3], windows, 1)
+    assert (stalled["share"], stalled["share_error"]) == (0.0, None), "of a window in which nothing is decoded"
 
 
 def test_a_push_that_waits_delays_the_next_one() -> None:

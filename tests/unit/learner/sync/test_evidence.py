@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from learner.sync.evidence import Share, Suspicion, closest, share, without
+from learner.sync.evidence import Evidence, Suspicion, closest, share, without
 
 ROWS = np.repeat(np.arange(8), 88)
 NOISE = 0.08
@@ -45,7 +45,7 @@ def proofs_until_alarm(rng, size, proofs, arrived=0.0):
     suspicion = Suspicion()
     for proof in range(1, proofs + 1):
         moved = movement(rng, size)
-        if suspicion.add(share(movement(rng, NOISE) + (arrived - 1) * moved, moved, ROWS, NOISE / 4)):
+        if suspicion.add(Evidence.of(movement(rng, NOISE) + (arrived - 1) * moved, moved, ROWS, NOISE / 4)):
             return proof
     return None
 
@@ -85,7 +85,7 @@ def alarm_in_a_training_that_stands_still(rng, turn, fresh, arrived=1.0):
         direction = np.sqrt(1 - turn**2) * direction + turn * movement(rng, 1.0)
         noise = np.sqrt(1 - fresh**2) * noise + fresh * movement(rng, NOISE)
         moved = size * direction
-        if suspicion.add(share(noise + (arrived - 1) * moved, moved, ROWS, NOISE / 4)):
+        if suspicion.add(Evidence.of(noise + (arrived - 1) * moved, moved, ROWS, NOISE / 4)):
             return True
         size *= 0.95
     return False
@@ -97,16 +97,43 @@ def test_it_is_accused_even_where_steps_meet_the_same_noise():
     assert sum(found) >= 45
 
 
+@pytest.mark.parametrize(("lasting", "same_way", "size"), [(0.05, 0.78, 1e-3), (0.3, 0.8, 3e-3), (0.5, 1.0, 2e-3)])
+def test_noise_of_which_a_part_lasts_is_no_further_evidence(lasting, same_way, size):
+    """In bfloat16, of steps of 0.002 times the noise: the next meets 0.2 of it again, the one 14 later still 0.05."""
+    rng = np.random.default_rng(5)
+
+    def accused():
+        suspicion, noise, direction = Suspicion(), movement(rng, NOISE), movement(rng, 1.0)
+        for _ in range(400):
+            moved = size * (np.sqrt(same_way) * direction + np.sqrt(1 - same_way) * movement(rng, 1.0))
+            residual = np.sqrt(lasting) * noise + np.sqrt(1 - lasting) * movement(rng, NOISE)
+            if suspicion.add(Evidence.of(residual, moved, ROWS, NOISE / 4)):
+                return True
+        return False
+
+    assert not any(accused() for _ in range(40))
+
+
 def test_it_gets_stuck_late_and_is_accused_as_fast():
     rng, suspicion = np.random.default_rng(4), Suspicion()
 
     def found(value):
-        return Share(value, 0.1, movement(rng, 1.0), movement(rng, 1.0))
+        moved = movement(rng, 0.05)
+        return Evidence.of(movement(rng, NOISE) + (value - 1) * moved, moved, ROWS)
 
     for _ in range(1000):
         assert not suspicion.add(found(1.0))
     assert not suspicion.add(found(0.0)), "one proof is not enough"
     assert suspicion.add(found(0.0))
+
+
+def test_what_one_proof_tells_too_loudly_is_not_made_up_for_later():
+    rng, suspicion, moved = np.random.default_rng(6), Suspicion(), np.ones(len(ROWS))
+    outlier = Evidence.of(movement(rng, NOISE) - 0.3 * moved, 0.3 * moved, ROWS)
+    assert not suspicion.add(outlier)
+    assert suspicion.total == pytest.approx(suspicion.limit / 2)
+    nothing = Evidence.of(movement(rng, NOISE), 1e-6 * moved, ROWS)
+    assert not any(suspicion.add(nothing) for _ in range(20))
 
 
 def test_names_the_closest_version():

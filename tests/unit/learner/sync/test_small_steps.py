@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from learner.adapters.exporter import lora_layers
+from shared.adapter_file import LORA_B
 from shared.errors import LockstepError
 from tests.support.rounding_server import RATIOS, Pair
 
@@ -78,6 +80,35 @@ def test_a_step_that_is_lost_as_adapters_are_rounded_is_not_missed():
         pair.proof.keep_step()
         assert pair.proof.step_share is None
     assert all(torch.equal(a, b * (1 + 2**-10)) for a, b in zip(pair.proof.weights.copied(), held, strict=True))
+
+
+def test_a_step_that_overflows_as_it_is_enlarged_is_enlarged_less():
+    pair = Pair()
+    pair.begin(RATIOS[1e-5])
+    pair.train(1, 1)
+    pair.proof._enlarged = 1e30
+    for number in (2, 3):
+        pair.train(number, number)
+        assert pair.proof.step_share is not None
+        assert abs(pair.proof.step_share.value - 1.0) < 4 * pair.proof.step_share.error < 4.0
+
+
+@pytest.mark.parametrize("scaling", [-1.0, 2**1.5, 0.0])
+def test_adapters_are_rounded_as_they_are_scaled(scaling):
+    """By rsLoRA, say; `alpha_pattern` can switch a module off."""
+    pair = Pair()
+    pair.model.float()
+    first = next(iter(pair.proof.weights.modules))
+    for model in (pair.model, pair.server.policy):
+        lora_layers(model, "default")[first].scaling["default"] = scaling
+    if not scaling:
+        pair.server.silent = frozenset([first])  # or it would divide by it
+    pair.begin(RATIOS[1e-5])
+    pair.train(1, 2)
+    sent = pair.server.history["r"][-1][first + LORA_B].float()
+    weights = pair.proof.weights
+    held = weights.rounded(weights.copied(), torch.bfloat16)[len(weights.a)]
+    assert torch.allclose(held * scaling, sent, rtol=1e-6)
 
 
 def test_no_alarm_but_a_word_where_rounding_takes_small_updates(caplog):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -89,7 +90,11 @@ async def test_the_first_sleep_is_rehearsed_before_anyone_waits(
 
 
 async def test_a_learner_that_takes_the_gpu_during_the_rehearsal_wakes_it_later(
-    engine: _Engine, workers: _Workers, proxy: EngineProxy, monkeypatch: pytest.MonkeyPatch
+    engine: _Engine,
+    workers: _Workers,
+    proxy: EngineProxy,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     free = iter([20, 80, 30, 80])  # before the sleep, after it, with the learner's model beside it, and without
 
@@ -98,10 +103,24 @@ async def test_a_learner_that_takes_the_gpu_during_the_rehearsal_wakes_it_later(
 
     monkeypatch.setattr(workers, "call", call)
     sleep = Sleep(proxy, workers, enabled=True)
-    await sleep.rehearse()
+    with caplog.at_level(logging.WARNING, "lockstep.engine"):
+        await sleep.rehearse()
     assert proxy.asleep
+    assert "the server sleeps on" in caplog.text
     await sleep.wake()
     assert not proxy.asleep
+
+
+async def test_a_server_that_is_stopped_during_the_rehearsal_says_nothing_of_a_dead_engine(
+    engine: _Engine, workers: _Workers, proxy: EngineProxy
+) -> None:
+    rehearsal = asyncio.ensure_future(Sleep(proxy, workers, enabled=True).rehearse())
+    await asyncio.sleep(0)
+    assert proxy.asleep
+    rehearsal.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await rehearsal
+    assert proxy.errored, "half of its memory may be there"
 
 
 async def test_it_sleeps_and_wakes_once(engine: _Engine, workers: _Workers, proxy: EngineProxy) -> None:
