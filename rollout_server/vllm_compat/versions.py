@@ -7,6 +7,7 @@ Everything in `rollout_server.vllm_compat` was written for vLLM 0.26 to 0.33. Mo
 | versions | entry points and exceptions of the OpenAI app (two names, both are tried), AsyncLLM's output processor |
 | versions | the pool of tokenizers, where there is one; `LogprobsProcessor.from_new_request` |
 | versions, on CPUs | `dispatch_cpu_unquantized_gemm`; `_sample` and `_bookkeeping_sync` of the model runner |
+| versions, on CPUs | `CPUAttentionBackendImpl.do_kv_cache_update` |
 | linears | linear layers, packed modules, the names mapper (two names of its method, both are tried) |
 | lora_slots | the worker's LoRA manager and LoRA layers, `MergedQKVParallelLinearWithLoRA.output_slices` |
 | kept_mass | both samplers: V1 in `vllm/v1/sample`, V2 in `vllm/v1/worker/gpu/sample` |
@@ -305,6 +306,31 @@ def keep_linear_weights_on_cpu() -> None:
             dispatch(layer, remove_weight)
 
     utils.dispatch_cpu_unquantized_gemm = dispatch_but_linears
+
+
+def keep_blocks_clean_on_cpu() -> None:
+    """Zero a block of the KV cache as a sequence begins it, on the CPU backend; no effect on other backends.
+
+    Its attention multiplies what lies in a block behind the sequence's end by 0, and 0 times NaN is NaN: a run that has
+    diverged left blocks behind in which all tokens of whoever came next were NaN, whatever the run.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from vllm.v1.attention.backends import cpu_attn
+
+    implementation: Any = cpu_attn.CPUAttentionBackendImpl
+    update = getattr(implementation, "do_kv_cache_update", None)
+    if update is None:  # earlier versions write within the attention
+        return
+
+    def update_clean(self: Any, layer: Any, key: Any, value: Any, kv_cache: Any, slot_mapping: Any) -> None:
+        size = kv_cache.shape[2]  # [blocks, heads, tokens, ...]
+        kv_cache[slot_mapping[slot_mapping % size == 0] // size] = 0
+        update(self, layer, key, value, kv_cache, slot_mapping)
+
+    implementation.do_kv_cache_update = update_clean
 
 
 def keep_seeds_alive_on_cpu(worker: Any) -> None:

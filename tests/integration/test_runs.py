@@ -38,6 +38,25 @@ def _publisher(client: RolloutClient, policy, run_id: str, **options) -> Publish
     return Publisher(ServerPool.of(client), policy, Lease(run_id, f"secret-of-{run_id}", 0), **options)
 
 
+def test_a_run_that_computes_nan_leaves_nothing_of_it_to_others(server: ServerProcess, model: Path) -> None:
+    """Others get its blocks of the KV cache."""
+    policy = P.make_policy(model)
+    P.randomize(policy, seed=1, scale=1e18)
+    prompts = [Prompt(token_ids=list(range(5 + i, 45 + i))) for i in range(16)]
+
+    def finite(policy: str, run_id: str | None = None) -> int:
+        sampling = SamplingParams(n=3, max_tokens=60, ignore_eos=True)
+        request = GenerateRequest(prompts=prompts, sampling=sampling, policy=policy, run_id=run_id)
+        found = [completion for group in client.generate(request).groups for completion in group.completions]
+        return sum(logprob is not None for completion in found for logprob in completion.logprobs)
+
+    with RolloutClient(server.url) as client:
+        P.push(client, policy, "diverged", step=0)
+        assert finite("latest", "diverged") == 0
+        assert finite("base") == 16 * 3 * 60
+        client.delete_run("diverged", P.LEASE)
+
+
 def test_two_learners_at_once_do_not_touch_each_others_tokens(server: ServerProcess, model: Path) -> None:
     """Two threads push different adapters, one by broadcast and one over HTTP, with in_flight keep on one of them."""
     steps = 8

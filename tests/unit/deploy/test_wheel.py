@@ -109,7 +109,7 @@ def test_the_demo_finds_its_recipe(site: Path, tmp_path: Path) -> None:
     ended = run(site, tmp_path, *demo, "--config", "other.yaml")
     assert ended.returncode == 2
     assert ended.stderr.startswith(
-        "demo: --config other.yaml: no such file, and no recipe of that name; recipes are ag"
+        "demo: --config other.yaml: no such file, and no recipe of that name; recipes are additions.yaml, "
     )
 
 
