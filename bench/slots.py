@@ -28,8 +28,6 @@ from bench.common.servers import Server, Setting
 from bench.contenders.lockstep import COLLECTIVE, HTTP, Lockstep, LockstepPath
 
 KV_CACHE_BYTES = 4 << 30
-#: Of `compare`.
-KEPT = "tokens_per_s_quiet", "tokens_per_s_pushing", "ratio", "share", "share_error", "windows_tokens_per_s"
 
 
 class SlotsBench(Bench):
@@ -119,14 +117,13 @@ class SlotsBench(Bench):
                     windows[pace].append(pushing(max(options.window_s, 4 * every_s), push, every_s))
                 pushes[pace] = parts
         for pace in options.paces:
-            load = compare(read_records(log), windows[pace], options.requests)
             yield {
                 "pace": pace,
                 "completion_s": completion_s,
                 "interval_s": completion_s / pace,
                 "n": len(pushes[pace]),
                 **{f"{part}_s": spread([p[part] for p in pushes[pace]]) for part in ("push", "wait", "pause")},
-                **{name: load[name] for name in KEPT},
+                **compare(read_records(log), windows[pace]),
             }
 
     def _about(self, slots: int) -> Row:

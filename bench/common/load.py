@@ -115,7 +115,7 @@ def loaded(url: str, run_id: str, requests: int, tokens: tuple[int, int], vocab:
             raise RuntimeError(f"the load ended while it was needed: {log.read_text()[-1000:]}")
 
 
-def compare(records: Sequence[Record], windows: Sequence[tuple[float, float]], requests: int) -> dict[str, Any]:
+def compare(records: Sequence[Record], windows: Sequence[tuple[float, float]]) -> dict[str, Any]:
     """Return the rates of windows that alternate between quiet and pushing, and those of pairs of neighbours.
 
     `share` is the geometric mean of a pair's pushing rate by its quiet one, `share_error` its standard error: how small
@@ -126,8 +126,6 @@ def compare(records: Sequence[Record], windows: Sequence[tuple[float, float]], r
     logs = [math.log(p / q) if p else -math.inf for p, q in zip(pushing, quiet, strict=True)]
     share = math.exp(statistics.fmean(logs))
     return {
-        "requests": requests,
-        "tokens_per_request": TOKENS,
         "tokens_per_s_quiet": statistics.median(quiet),
         "tokens_per_s_pushing": statistics.median(pushing),
         "ratio": spread([p / q for q, p in zip(quiet, pushing, strict=True)]),

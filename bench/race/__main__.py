@@ -134,13 +134,8 @@ class RaceBench(TrainingsBench):
         with picture(path, 11, 4.8, title, panels=2, loc="outside lower center", ncols=3, fontsize=8) as panels:
             for axes, key, label in zip(panels, ("seconds", "samples"), ("seconds", "samples trained on"), strict=True):
                 for (row,), mine in by_name(done, "row").items():
-                    draw_band(
-                        axes,
-                        mine,
-                        key,
-                        COLORS[list(ROWS).index(row)],
-                        f"{row} ({len(mine)} seed{'s' if len(mine) > 1 else ''})",
-                    )
+                    seeds = f"{len(mine)} seed{'s' if len(mine) > 1 else ''}"
+                    draw_band(axes, mine, key, COLORS[list(ROWS).index(row)], f"{row} ({seeds})")
                 axes.set_xlabel(label)
                 axes.grid(alpha=0.25)
             panels[0].set_ylabel("held-out questions right")

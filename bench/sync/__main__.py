@@ -274,7 +274,8 @@ def under_load(
         for _ in range(windows):
             spans.append(quiet(window_s))
             spans.append(pushing(window_s, lambda: samples.append(one_push(path, model, next(steps), next(prompts)))))
-    return {**summarize(samples), "under_load": compare(read_records(log), spans, requests)}
+    load = {"requests": requests, "tokens_per_request": TOKENS, **compare(read_records(log), spans)}
+    return {**summarize(samples), "under_load": load}
 
 
 def one_push(path: SyncPath, model: PeftModel, step: int, prompt: list[int]) -> Sample:

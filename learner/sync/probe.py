@@ -231,13 +231,23 @@ class AdapterWeights:
         finally:
             self.write(copies)
 
-    def loses_by(self, dtype: torch.dtype) -> bool:
+    @contextmanager
+    def held_in(self, dtype: torch.dtype) -> Iterator[None]:
+        """Hold the adapter as servers do in the block: a step may be less than what that rounds away. Collective."""
+        if not self._loses_by(dtype):
+            yield
+            return
+        with self.kept() as exact:
+            self.write(self.rounded(exact, dtype))
+            yield
+
+    def _loses_by(self, dtype: torch.dtype) -> bool:
         """Return whether `dtype` is coarser than what they are kept in."""
         return any(torch.finfo(weight.dtype).eps < torch.finfo(dtype).eps for weight in (*self.a, *self.b))
 
     def rounded(self, values: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
         """Return `values`, in the form of `copied`, as servers hold them: A, and B times its scaling, in `dtype`."""
-        if not self.loses_by(dtype):
+        if not self._loses_by(dtype):
             return list(values)
         # Of B that counts for nothing (lora_alpha=0) any will do.
         scalings = [*([1.0] * len(self.a)), *(float(layer.scaling[self._adapter]) or 1.0 for layer in self._layers)]

@@ -31,8 +31,6 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -197,7 +195,7 @@ class SyncProof:
         Raises:
             InstallFailed: a server does not sample from `version`; the message names it and what it may serve.
         """
-        with self._as_pushed():
+        with self.weights.held_in(self._served_dtype):
             own = self.probe.logprobs()
             seen = self._seen.logprobs() if self._seen else None
             step = None if self.on_main(lambda: self._would_see_a_step(own, version)) else self._last_step()
@@ -216,16 +214,6 @@ class SyncProof:
             references[1:] = [now]
         self.last = max(measurements, key=lambda m: m.max_mismatch)
         return self.last
-
-    @contextmanager
-    def _as_pushed(self) -> Iterator[None]:
-        """Hold the adapter as servers do, in their dtype: a step may be less than what that rounds. Collective."""
-        if not self.weights.loses_by(self._served_dtype):
-            yield
-            return
-        with self.weights.kept() as exact:
-            self.weights.write(self.weights.rounded(exact, self._served_dtype))
-            yield
 
     @cached_property
     def _served_dtype(self) -> torch.dtype:

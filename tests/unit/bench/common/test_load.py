@@ -16,17 +16,17 @@ def test_tokens_are_spread_over_the_time_of_their_request() -> None:
     assert tokens_within(records, 1.0, 3.0) == pytest.approx(64)
     assert tokens_within(records, 5.0, 6.0) == 0
     windows = list(pairwise([0.0, 2.0, 4.0]))
-    assert compare(records, windows, 1)["ratio"] == {"median": 1.0, "mean": 1.0, "min": 1.0, "max": 1.0}
+    assert compare(records, windows)["ratio"] == {"median": 1.0, "mean": 1.0, "min": 1.0, "max": 1.0}
 
 
 def test_a_share_of_the_rate_comes_with_how_small_a_loss_its_windows_can_show() -> None:
     windows = list(pairwise([0.0, 1.0, 2.0, 3.0, 4.0]))
     records = [Record(start, end, tokens) for (start, end), tokens in zip(windows, [100, 50, 100, 200], strict=True)]
-    found = compare(records, windows, 1)
+    found = compare(records, windows)
     assert found["share"] == pytest.approx(1.0), "half and double are equally far from one"
     assert found["share_error"] == pytest.approx(math.log(2))
-    assert compare(records, windows[:2], 1)["share_error"] is None
-    stalled = compare(records[:3], windows, 1)
+    assert compare(records, windows[:2])["share_error"] is None
+    stalled = compare(records[:3], windows)
     assert (stalled["share"], stalled["share_error"]) == (0.0, None), "of a window in which nothing is decoded"
 
 

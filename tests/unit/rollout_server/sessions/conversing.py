@@ -19,7 +19,7 @@ from rollout_server.engine.proxy import CALL_CONTEXT, CallContext, EngineProxy
 from rollout_server.runs.table import RunTable
 from rollout_server.sessions.records import RecordedSession, Sessions
 from rollout_server.settings import ServerSettings
-from shared.sessions import SessionRequest
+from shared.sessions import SessionRecord, SessionRequest
 from shared.weights import WeightVersion
 from tests.support.runs import open_run
 from tests.support.tiny_model import make_tiny_tokenizer
@@ -155,3 +155,8 @@ class Served:
                 finally:
                     CALL_CONTEXT.reset(token)
                 yield output
+
+
+def record_of(session: RecordedSession) -> SessionRecord:
+    """Return what has been recorded so far."""
+    return session.snapshot()()

@@ -59,23 +59,19 @@ async def served():
 
         return StreamingResponse(chunks())
 
-    @app.post("/early/{model}")
-    async def early(model: str) -> StreamingResponse:
-        async def events():
-            yield "created;"
-            async for output in outputs(model):
-                yield f"{output.index};"
+    def streamed(begin: str, form: str, media_type: str | None = None) -> Any:
+        async def route(model: str) -> StreamingResponse:
+            async def chunks():
+                yield begin
+                async for output in outputs(model):
+                    yield form.format(output.index)
 
-        return StreamingResponse(events())
+            return StreamingResponse(chunks(), media_type=media_type)
 
-    @app.post("/events/{model}")
-    async def events(model: str) -> StreamingResponse:
-        async def lines():
-            yield "data: created\n\n"
-            async for output in outputs(model):
-                yield f"data: {output.index}\n\n"
+        return route
 
-        return StreamingResponse(lines(), media_type="text/event-stream")
+    app.post("/early/{model}")(streamed("created;", "{};"))
+    app.post("/events/{model}")(streamed("data: created\n\n", "data: {}\n\n", "text/event-stream"))
 
     @app.get("/models")
     async def models() -> list[str]:
