@@ -23,6 +23,8 @@ def fsdp2_on_cpu(trainer: GRPOTrainer) -> None:
     state.fsdp_plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", activation_checkpointing=True
     )
+    if trainer.args.bf16:
+        state.fsdp_plugin.set_mixed_precision("bf16")
     state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     trainer.is_fsdp_enabled = True
 

@@ -135,7 +135,7 @@ class Probe:
         In eval mode, so without dropout, but under the training's autocast if it has one; log-softmax in float32.
         """
         values, variances, largest = [], 0.0, 0.0
-        with self._evaluated(), torch.no_grad(), nullcontext() if adapter else self.model.disable_adapter():
+        with self._evaluated(), torch.no_grad(), nullcontext() if adapter else self._without_adapter():
             for rows in self._passes_without_gradient:
                 logits_NV, logprobs_N = self._score(rows)
                 values.append(logprobs_N.double().cpu().numpy())
@@ -186,6 +186,15 @@ class Probe:
             yield
         finally:
             self.model.train(was_training)
+
+    @contextmanager
+    def _without_adapter(self) -> Iterator[None]:
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        with self.model.disable_adapter():
+            # PEFT freezes it meanwhile: FSDP2, in its first forward, would note no dtype for the gradients to come.
+            for parameter in trained:
+                parameter.requires_grad_()
+            yield
 
 
 def sequences_at_once(logits: int, kept: int, free: int, most: int) -> int:

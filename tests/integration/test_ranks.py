@@ -123,7 +123,7 @@ def test_ranks_without_a_shared_output_dir_refuse_to_resume(model: Path, tmp_pat
 
 def test_zero3_in_bfloat16_says_what_rounding_takes(model: Path, server: ServerProcess, tmp_path: Path) -> None:
     """TRL leaves the adapter in bfloat16 there, whose unit is 2^-8; the optimizer's copy of it is in float32."""
-    summaries = [train(model, server, tmp_path / str(ranks), ranks, "zero3-bf16") for ranks in (1, 2)]
+    summaries = [train(model, server, tmp_path / str(ranks), ranks, "zero3", "bf16") for ranks in (1, 2)]
     one, two = (adapter(tmp_path / str(ranks)) for ranks in (1, 2))
     assert {tensor.dtype for tensor in two.values()} == {torch.bfloat16}
     check_same(
@@ -134,3 +134,12 @@ def test_zero3_in_bfloat16_says_what_rounding_takes(model: Path, server: ServerP
     for summary in summaries:
         assert 1e-4 < summary["max_update_lost"] < 0.5
         assert summary["max_logprob_gap"] < summary["logprob_tolerance"]
+
+
+def test_fsdp2_trains_in_bfloat16(model: Path, server: ServerProcess, tmp_path: Path) -> None:
+    """The passes are in bfloat16, the adapter in float32; the first pass is without it (the server's base)."""
+    summaries = [train(model, server, tmp_path / str(ranks), ranks, "fsdp2", "bf16") for ranks in (1, 2)]
+    one, two = (adapter(tmp_path / str(ranks)) for ranks in (1, 2))
+    assert {tensor.dtype for tensor in two.values()} == {torch.float32}
+    check_same(two, one, 0.1)
+    assert [summary["steps"] for summary in summaries] == [3, 3]

@@ -1,7 +1,7 @@
 """A training script as a user would write it, for one rank or several; `test_ranks.py` launches it.
 
 python -m torch.distributed.run --nproc_per_node 2 -m tests.integration.support.train_on_ranks \\
-    MODEL URL FOLDER [fsdp2 | zero3 | zero3-bf16] [forget] [cut]
+    MODEL URL FOLDER [fsdp2 | zero3] [bf16] [forget] [cut]
 
 `cut` ends it when the checkpoint of step 2 has been written; the same command without `cut` resumes from there.
 """
@@ -31,11 +31,11 @@ GLOBAL_BATCH, GROUP, STEPS, CUT = 8, 4, 3, 2
 
 def make_trainer(model: str, folder: Path, options: list[str]) -> GRPOTrainer:
     """Make a trainer with the same global batch on any number of ranks, and TRL's defaults where possible."""
-    zero = next((option for option in options if option.startswith("zero3")), None)
-    devices: dict[str, Any] = zero3_on_cpu(bf16=zero == "zero3-bf16") if zero else {"use_cpu": True}
+    zero, bf16 = "zero3" in options, "bf16" in options
+    devices: dict[str, Any] = zero3_on_cpu(bf16=bf16) if zero else {"use_cpu": True}
     args = GRPOConfig(
         output_dir=str(folder),
-        bf16=zero == "zero3-bf16",
+        bf16=bf16,
         max_steps=STEPS,
         max_completion_length=16,
         per_device_train_batch_size=GLOBAL_BATCH // PartialState(cpu=not zero).num_processes,
