@@ -6,48 +6,53 @@ TRL fetches FlashAttention 3 from the hub, where benches are not. It calls it in
 from __future__ import annotations
 
 import json
-from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from bench.common.servers import Server, Setting
-from bench.common.training import grpo_config, lora_config, odd_tokens
 from bench.contenders.vllm_adapter_files import serve_adapters
 from learner.passes.attention import causal_varlen
 
 NOTE = (
     "TRL's AsyncGRPOTrainer with its own max_staleness and adapters through local files, its fixed number of "
     "completions a micro-batch; attention by torch.nn.attention.varlen (on a CPU by scaled dot products) in place of "
-    "the hub's FlashAttention 3; stop tokens by the server's generation config"
+    "the hub's FlashAttention 3"
 )
-#: Its worker takes conversations only. This one's tokens are those of the prompt.
+#: Its worker takes conversations only. This one's tokens are those of a prompt that is text.
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 #: None that can be read: TRL then takes an answer as plain text.
 RESPONSE_TEMPLATE: dict[str, Any] = {}
 
 
 def serve(
-    setting: Setting, folder: Path, max_rank: int, *, max_staleness: int, stop_token_ids: Sequence[int]
+    setting: Setting, folder: Path, max_rank: int, *, max_staleness: int, stop_token_ids: Sequence[int] | None = None
 ) -> Server:
     """Start the server that the trainer needs; it need not be ready.
 
     Args:
         max_staleness: requests may name one version more than that, and a sync loads the next one before it unloads
             the oldest.
-        stop_token_ids: the trainer's requests have none, so that they come as further EOS ids of the model.
+        stop_token_ids: the trainer's requests have none, so that they come as further EOS ids of the model. None: those
+            that the model has.
     """
-    generation = setting.work / "generation"
-    generation.mkdir(exist_ok=True)
-    (generation / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, *stop_token_ids]}))
     flags = ["--max-loras", str(max_staleness + 2), "--max-lora-rank", str(max_rank)]
-    flags += ["--generation-config", str(generation)]
+    # As the trainer computes them, with the temperature, and as `trl vllm-serve` has it.
+    flags += ["--logprobs-mode", "processed_logprobs"]
+    # On a CPU vLLM 0.32 ends where a prompt is computed in parts for a request with a seed, as the trainer's are.
+    flags += ["--no-enable-chunked-prefill"] if setting.device == "cpu" else []
+    if stop_token_ids is not None:
+        generation = setting.work / "generation"
+        generation.mkdir(exist_ok=True)
+        (generation / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, *stop_token_ids]}))
+        flags += ["--generation-config", str(generation)]
     return serve_adapters(setting, folder, f"{folder.name}-asynchronous.log", *flags, VLLM_SERVER_DEV_MODE="1")
 
 
@@ -88,38 +93,44 @@ def flash_attn_varlen_func(
     return torch.cat(parts)
 
 
-def make_trainer(training: Namespace, prompts: Sequence[str], max_steps: int, callback: TrainerCallback) -> Any:
-    """Return an AsyncGRPOTrainer on the prompts of a training of `bench.step`."""
+def make_trainer(
+    folder: str,
+    make_args: Callable[[type[Any]], Any],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    reward_funcs: Any,
+    peft_config: LoraConfig | None,
+    callback: TrainerCallback,
+) -> Any:
+    """Return an AsyncGRPOTrainer of the model in a folder.
+
+    Args:
+        make_args: gets the class of the trainer's options, and makes them.
+        dataset: whose prompts are conversations or texts.
+    """
     from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer, async_grpo_trainer, packing
 
     use_torch_attention(packing)
     if not torch.cuda.is_available():  # it would ask for the name of a GPU
         async_grpo_trainer.get_peak_flops_per_device = lambda accelerator, dtype: None
-    args = grpo_config(
-        training,
-        kind=AsyncGRPOConfig,
-        output=training.output,
-        cpu=not torch.cuda.is_available(),
-        dtype=training.dtype,
-        max_steps=max_steps,
-        micro_batch=min(training.batch, training.packed_micro_batch),
-        checkpointing=training.checkpointing,
-        model_init_kwargs={"dtype": training.dtype},
-        temperature=1.0,
-        max_staleness=training.max_staleness,
-        token_budget=0,  # else its steps would not all have the same number of completions
-        vllm_server_base_url=training.url,
-        logging_steps=1,
-    )
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(training.folder)
-    tokenizer.chat_template, tokenizer.response_template = CHAT_TEMPLATE, RESPONSE_TEMPLATE
-    conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    tokenizer.response_template = RESPONSE_TEMPLATE
+    if isinstance(dataset[0]["prompt"], str):
+        tokenizer.chat_template = CHAT_TEMPLATE
+        dataset = as_conversations(dataset)
     return AsyncGRPOTrainer(
-        model=training.folder,
+        model=folder,
         processing_class=tokenizer,
-        args=args,
-        reward_funcs=odd_tokens,
-        peft_config=lora_config(training.rank),
+        args=make_args(AsyncGRPOConfig),
+        reward_funcs=reward_funcs,
+        peft_config=peft_config,
         callbacks=[callback],
-        train_dataset=Dataset.from_dict({"prompt": conversations}),
+        train_dataset=dataset,
     )
+
+
+def as_conversations(dataset: Dataset) -> Dataset:
+    """Return a dataset whose prompts, which are texts, are messages of users."""
+    conversations = [[{"role": "user", "content": prompt}] for prompt in dataset["prompt"]]
+    made = dataset.add_column("conversation", conversations)
+    return made.remove_columns("prompt").rename_column("conversation", "prompt")

@@ -1,11 +1,12 @@
-"""Real trainings to an accuracy on held-out questions, ours beside TRL's server mode: over seconds, and over samples.
+"""Real trainings to an accuracy on held-out questions, ours beside TRL's: over seconds, and over samples.
 
 VLLM_USE_FLASHINFER_SAMPLER=0 NCCL_NVLS_ENABLE=0 python -m bench.race --work-dir runs/race --deadline-s 500 \\
     --json race.json --plot race.png    # two GPUs: learners on GPU 0, all servers on GPU 1, where idle ones wait
 python -m bench.race --quick            # two steps of one seed on the CPU, without TRL, whose server mode needs GPUs
 
 For a seed all rows have the same initial adapter, prompts in the same order, batch, learning rate and number of
-samples, and run one after the other. What the clock counts is in `bench.race.learner`. Rows come seed by seed, so that
+samples, and run one after the other. What the clock counts is in `bench.race.learner`. What ours take is compared
+with TRL's server mode; its asynchronous trainer has the bound on staleness of our S=2. Rows come seed by seed, so that
 a run that is cut off still compares, and a training that is done in --work-dir is not run again. On a CPU server and
 learner have half of the cores each, as if each had a device of its own.
 """
@@ -19,18 +20,25 @@ from pathlib import Path
 from typing import Any
 
 from bench.common.report import Row, fill, picture, table
+from bench.contenders import trl_asynchronous
 from bench.race.figures import against, by_name, summary, target_accuracy
-from bench.race.trainings import COLORS, TRL, Training, TrainingsBench, draw_band
+from bench.race.trainings import COLORS, Training, TrainingsBench, draw_band
+from bench.step.figures import ASYNCHRONOUS, TRL
 
-#: Row -> the server's --apply (None: TRL's own), and the bound on staleness.
+#: Row -> the server's --apply (None: a trainer and a server of TRL), and the bound on staleness.
 ROWS: dict[str, tuple[str | None, int]] = {
     "lockstep S=1": ("columns", 1),
     TRL: (None, 0),
     "lockstep S=2": ("columns", 2),
+    ASYNCHRONOUS: (None, 2),
     "lockstep S=0": ("columns", 0),
     "lockstep merge S=1": ("merge", 1),
     "lockstep adapter S=1": ("adapter", 1),
 }
+NOTE = (
+    f"{trl_asynchronous.NOTE}; what its options lack of the recipe's is left out: its loss has no KL term, and clips "
+    "ratios to the server's logprobs in place of correcting by them"
+)
 #: The target: ours reaches the peer's final accuracy in at most this share of its seconds.
 MOST_OF_TRL = 1 / 3
 
@@ -77,7 +85,8 @@ class RaceBench(TrainingsBench):
                 words = ["--seed", str(seed), "--max_steps", steps, "--max_staleness", str(bound)]
                 # Stale samples need it; so that all rows have the same loss, all have it.
                 words += ["--vllm_importance_sampling_correction", "true"]
-                about = self.about_row(row, seed=seed, max_staleness=bound, steps=int(steps))
+                note = {"note": NOTE} if row == ASYNCHRONOUS else {}
+                about = self.about_row(row, seed=seed, max_staleness=bound, steps=int(steps), **note)
                 found.append(self.training(about, apply, *words))
         return found
 
@@ -124,7 +133,7 @@ class RaceBench(TrainingsBench):
     def document(self) -> dict[str, Any]:
         shares = self.shares()
         # At no more samples: all trainings have the same number of them.
-        reached = {row: each.get("seconds", math.inf) <= MOST_OF_TRL for row, each in shares.items()}
+        reached = {row: shares[row].get("seconds", math.inf) <= MOST_OF_TRL for row in shares if row != ASYNCHRONOUS}
         return super().document() | {"summary": self.summary(), "of_trl": shares, "reached": reached}
 
     def plot(self, path: Path, done: Sequence[Row]) -> None:

@@ -4,35 +4,45 @@ python -m bench.race.learner TRAINING.json ANSWER.json GO
 
 It is ready to begin before it is its turn, which is when the file GO is there: imports are not what is raced.
 
-A training has, by `TrainingsBench`: words (options of `learner train`), eval_every, eval_size, and peer (TRL's own
-server mode at rollout_url, and nothing of ours).
+A training has, by `TrainingsBench`: words (options of `learner train`), eval_every, eval_size, and peer (a row that is
+of TRL's own trainers with a server at rollout_url, and nothing of ours).
 
 The clock runs from the first step on: all servers hold the initial weights by then. It shows the moment at which the
-server has the weights that a step has made. For evaluations it stands still. TRL's are made at once, after its
-sync: its server generates nothing then. Ours are made after the training, from copies of the adapter that are pushed
-again: in between, rollouts that run ahead would be generated in time that is not counted.
+server has the weights that a step has made. For evaluations it stands still. Those of TRL's server mode are made at
+once, after its sync: its server generates nothing then. Ours and those of its asynchronous trainer are made after the
+training, from copies of the adapter that are brought to the server again: in between, rollouts that run ahead would be
+generated in time that is not counted. The asynchronous trainer has its first batch before its first step begins: its
+clock runs from the moment at which it begins to generate.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
+import queue
 import sys
+import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, cast
 
 import httpx
 import torch
-from transformers import TrainerCallback
-from trl import GRPOTrainer, get_peft_config
+from datasets import Dataset
+from transformers import AutoTokenizer, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer, get_peft_config
+from trl.trainer.utils import RepeatSampler
 
 from bench.common.models import trained, wait_for
+from bench.contenders import trl_asynchronous
 from bench.contenders.lockstep import known_of, rollouts, steps_of
-from bench.step.figures import Step, figures
-from bench.step.learner import TrlWatch
+from bench.contenders.vllm_adapter_files import FilePath
+from bench.step.figures import ASYNCHRONOUS, TRL, Step, figures
+from bench.step.learner import AsynchronousWatch, TrlWatch
 from learner.commands.options import OptionParser
 from learner.evaluation.evaluate import evaluate
 from learner.servers.client import RolloutClient
@@ -95,18 +105,41 @@ class Race:
             train_size=self.config.train_size,
             seed=args.seed,
         )
+        if training.peer == ASYNCHRONOUS:
+            importlib.import_module("trl.experimental.async_grpo")  # with vLLM, which takes seconds
         while not go.exists():
             time.sleep(0.05)
         args.model_init_kwargs = {"dtype": model_args.dtype}
         self.clock, self.points = Clock(), list[dict[str, float]]()
-        self.trainer = GRPOTrainer(
-            model=str(model_args.model_name_or_path),
+        make = self._asynchronous if training.peer == ASYNCHRONOUS else self._trainer
+        self.trainer = make(str(model_args.model_name_or_path), args, get_peft_config(model_args))
+
+    def _trainer(self, model: str, args: GRPOConfig, peft_config: Any) -> Any:
+        return GRPOTrainer(
+            model=model,
             args=args,
             reward_funcs=list(self.task.reward_funcs),
             train_dataset=self.task.train,
-            peft_config=get_peft_config(model_args),
+            peft_config=peft_config,
             callbacks=[self.clock],
         )
+
+    def _asynchronous(self, model: str, args: GRPOConfig, peft_config: Any) -> Any:
+        own = {"max_staleness": self.config.max_staleness, "vllm_server_base_url": self.url}
+        return trl_asynchronous.make_trainer(
+            model,
+            lambda kind: shared_options(args, kind, **own),
+            tokenizer=AutoTokenizer.from_pretrained(model),
+            dataset=self.task.train.select(prompt_order(args, self.task.train)),
+            reward_funcs=list(self.task.reward_funcs),
+            peft_config=peft_config,
+            callback=self.clock,
+        )
+
+    @property
+    def url(self) -> str:
+        """Of the server."""
+        return (self.config.rollout_url or [""])[0]
 
     @property
     def samples_per_step(self) -> int:
@@ -120,8 +153,8 @@ class Race:
 
     def ask(self, model: str, step: int, seconds: float) -> None:
         """Evaluate what the server has now."""
-        url = (self.config.rollout_url or [""])[0]
-        client = CompletionsClient(url, model, self.trainer._tokenizer)
+        tokenizer = getattr(self.trainer, "_tokenizer", self.trainer.processing_class)
+        client = CompletionsClient(self.url, model, tokenizer)
         greedy = SamplingParams(temperature=0.0, max_tokens=self.trainer.args.max_completion_length)
         result = evaluate(cast(RolloutClient, client), self.task, n_questions=self.training.eval_size, sampling=greedy)
         samples = step * self.samples_per_step
@@ -147,9 +180,13 @@ class Clock(TrainerCallback):
         self._stopped_s += seconds if self._started is not None else 0.0
         return seconds
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def start(self) -> None:
+        """Run from now on, if it does not run yet."""
         if self._started is None:
             self._started = time.perf_counter()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         wait_for(args.device)  # else what follows would be charged with the last backward pass
@@ -210,6 +247,27 @@ class PeerWatch(TrlWatch):
         self.race.trainer.vllm_generation.sync_weights()
 
 
+class AsynchronousCopies(Copies):
+    """Those of TRL's asynchronous trainer, which waits for its first batch before its first step begins.
+
+    Comes after the trainer's own callbacks, which bring weights to the server and begin to generate.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.race.trainer._metrics["train"].clear()  # the first sync, which is of no step
+        self.race.clock.start()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """End the worker, which waits until its last samples are read: the trainer would kill it after 15 s."""
+        worker, late = self.race.trainer.rollout_worker, time.monotonic() + 15.0
+        worker._stop_event_mp.set()
+        while worker._process.is_alive() and time.monotonic() < late:
+            for samples in (worker.rollout_buffer, worker.metrics_queue):
+                with contextlib.suppress(queue.Empty):
+                    while True:
+                        samples.get(timeout=0.05)
+
+
 def train_ours(race: Race) -> dict[str, Any]:
     """Train with rollouts of our server, and evaluate afterwards; return what is known of the steps."""
     trainer, config = race.trainer, race.config
@@ -236,10 +294,52 @@ def train_peer(race: Race) -> dict[str, Any]:
     return figures(watch.steps)
 
 
+def train_asynchronous(race: Race) -> dict[str, Any]:
+    """Train with TRL's asynchronous trainer, and evaluate afterwards; return what is known of the steps."""
+    trainer, watch = race.trainer, AsynchronousWatch()
+    copies = AsynchronousCopies(race, trained(trainer.model))
+    trainer.add_callback(copies)
+    trainer.add_callback(watch)
+    trainer.train()
+    unload_adapters(race.url)
+    with tempfile.TemporaryDirectory(dir=trainer.args.output_dir) as folder:
+        path = FilePath(race.url, trainer.model, Path(folder).absolute(), in_place=False)
+        for step, seconds, adapter in copies.kept:
+            copies.restore(adapter)
+            path.push(step)
+            race.ask(str(path.name), step, seconds)
+            path.settle()
+        path.close()
+    return figures(watch.steps) | watch.known
+
+
+def shared_options(args: GRPOConfig, kind: type[Any], **own: Any) -> Any:
+    """Return options of `kind`: those of `args` that it has, too, and its own."""
+    # accelerator_config holds what a class has made of it.
+    names = [field.name for field in fields(kind) if field.init and field.name != "accelerator_config"]
+    shared = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    # Steps then have as many completions as the others'.
+    return kind(**shared | {"token_budget": 0, **own})
+
+
+def prompt_order(args: GRPOConfig, dataset: Dataset) -> list[int]:
+    """Return the rows of a dataset in the order in which `GRPOTrainer` takes them first."""
+    size = int(args.generation_batch_size or 0) // args.num_generations
+    return list(RepeatSampler(dataset, 1, batch_size=size, shuffle=args.shuffle_dataset, seed=args.seed))
+
+
+def unload_adapters(url: str) -> None:
+    """Let vLLM forget all adapters."""
+    with httpx.Client(base_url=url, timeout=300.0) as http:
+        for model in http.get("/v1/models").raise_for_status().json()["data"]:
+            if model.get("parent"):
+                http.post("/v1/unload_lora_adapter", json={"lora_name": model["id"]}).raise_for_status()
+
+
 def run(training: Namespace, go: Path) -> dict[str, Any]:
     """Train once the file `go` is there; return the row."""
     race = Race(training, go)
-    known = train_peer(race) if training.peer else train_ours(race)
+    known = {TRL: train_peer, ASYNCHRONOUS: train_asynchronous}.get(training.peer, train_ours)(race)
     if torch.cuda.is_available():
         known["learner_gib"] = torch.cuda.max_memory_reserved() / 2**30
     rewards = [entry["reward"] for entry in race.trainer.state.log_history if "reward" in entry]

@@ -20,9 +20,11 @@ from transformers import AutoConfig
 from bench.common.harness import Bench, Flags
 from bench.common.report import Row
 from bench.common.servers import Server, environment, visible_device
+from bench.contenders import trl_asynchronous
 from bench.contenders.lockstep import Lockstep, end_run
 from bench.contenders.trl_merged_weights import TrlMergedWeights
 from bench.race.figures import mean_curve
+from bench.step.figures import ASYNCHRONOUS, TRL
 from learner.commands.config_file import read_config_file
 from learner.commands.up_recipe import RECIPES
 from learner.demo.model import ensure_demo_model
@@ -30,8 +32,7 @@ from learner.utils.ports import free_port
 from learner.utils.processes import ProcessGroup
 from shared.weights import served_rank
 
-TRL = "TRL server mode"
-COLORS = ("#2f6fb0", "#c0392b", "#3a8f4d", "#e08a2c", "#8b5fbf", "#8c8c8c")
+COLORS = ("#2f6fb0", "#c0392b", "#3a8f4d", "#e08a2c", "#8b5fbf", "#8c8c8c", "#17a2b8")
 #: Tokens of a question.
 PROMPT_TOKENS = 512
 #: Arguments of the recipe's task, on top of its own.
@@ -48,7 +49,7 @@ class Training:
 
     Attributes:
         name: of its folder.
-        apply: of our server; None: TRL's server mode, with a server of its own.
+        apply: of our server; None: a trainer of TRL, with a server of its own.
         words: options of `learner train`, on top of the recipe's.
     """
 
@@ -59,8 +60,17 @@ class Training:
 
     @property
     def server(self) -> str:
-        """Name of its server. TRL's joins an NCCL group once: each of its trainings has one of its own."""
+        """Name of its server. Each training of TRL has one of its own.
+
+        That of its server mode joins an NCCL group once. Of the asynchronous trainer, the first adapters of all
+        trainings have the same names, by which vLLM caches prefixes.
+        """
         return self.apply or self.name
+
+    @property
+    def peer(self) -> str:
+        """TRL's trainer that it is of; empty: it is ours."""
+        return "" if self.apply else str(self.about["row"])
 
 
 class Started:
@@ -181,6 +191,9 @@ class TrainingsBench(Bench):
         everyone = os.sched_getaffinity(0)
         os.sched_setaffinity(0, everyone - set(self.cores) or everyone)  # its processes have the same
         try:
+            if training.peer == ASYNCHRONOUS:
+                bound = int(training.about["max_staleness"])
+                return trl_asynchronous.serve(replace(setting, work=work), self.model, rank, max_staleness=bound)
             if training.apply is None:
                 return TrlMergedWeights(replace(setting, work=work)).start(self.model, rank)
             slots = 1 + max(int(each.about.get("max_staleness") or 0) for each in waiting)
@@ -236,11 +249,11 @@ class TrainingsBench(Bench):
         """Start the process of a training."""
         words = [*self.words(training), "--model_name_or_path", str(self.model)]
         words += ["--output_dir", str(self.output(training))]
-        if training.apply is None:
+        if training.peer == TRL:
             words += ["--use_vllm", "true", "--vllm_mode", "server", "--vllm_server_base_url", server.url]
             words += ["--vllm_group_port", str(free_port())]
         words += ["--rollout_url", server.url]
-        asked = {"words": words, "peer": training.apply is None}
+        asked = {"words": words, "peer": training.peer}
         asked |= {name: getattr(self.options, name) for name in ("eval_every", "eval_size")}
         device = None if self.device == "cpu" else visible_device(int(self.device.removeprefix("cuda:")))
         threads = len(self.cores) or max(1, (os.cpu_count() or 1) // (2 * (self.learners + 1)))

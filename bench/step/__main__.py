@@ -62,6 +62,7 @@ PARTS = (
 
 
 OURS = "lockstep"
+NOTE = f"{trl_asynchronous.NOTE}; stop tokens by the server's generation config"
 #: What a server needs on a GPU besides weights and key-value cache.
 SERVER_BYTES = 6 * 2**30
 
@@ -230,7 +231,7 @@ class StepBench(Bench):
         return dict(json.loads(answered.read_text()))
 
     def _about(self, row: str) -> Row:
-        note = {"note": trl_asynchronous.NOTE} if row.startswith(ASYNCHRONOUS) else {}
+        note = {"note": NOTE} if row.startswith(ASYNCHRONOUS) else {}
         return self.about_row(row, shape=self.shape.name, parameters=self.shape.parameters, **note)
 
     def stop_ids(self) -> list[int]:

@@ -54,6 +54,38 @@ def make_prompts(training: Namespace) -> list[str]:
     return [" ".join(f"t{i}" for i in ids) for ids in random_prompts(count, training.vocab, training.prompt_tokens, 0)]
 
 
+def make_asynchronous(training: Namespace, callback: TrainerCallback) -> Any:
+    """Return TRL's asynchronous trainer."""
+
+    def make_args(kind: type[Any]) -> Any:
+        return grpo_config(
+            training,
+            kind=kind,
+            output=training.output,
+            cpu=not torch.cuda.is_available(),
+            dtype=training.dtype,
+            max_steps=max_steps(training),
+            micro_batch=min(training.batch, training.packed_micro_batch),
+            checkpointing=training.checkpointing,
+            model_init_kwargs={"dtype": training.dtype},
+            temperature=1.0,
+            max_staleness=training.max_staleness,
+            token_budget=0,  # else its steps would not all have the same number of completions
+            vllm_server_base_url=training.url,
+            logging_steps=1,
+        )
+
+    return trl_asynchronous.make_trainer(
+        training.folder,
+        make_args,
+        tokenizer=PreTrainedTokenizerFast.from_pretrained(training.folder),
+        dataset=Dataset.from_dict({"prompt": make_prompts(training)}),
+        reward_funcs=odd_tokens,
+        peft_config=lora_config(training.rank),
+        callback=callback,
+    )
+
+
 def make_trainer(training: Namespace, callback: TrainerCallback) -> GRPOTrainer:
     """Return a GRPOTrainer; ours and TRL's server mode differ in `use_vllm` only."""
     own_vllm: dict[str, Any] = {}
@@ -154,6 +186,11 @@ class AsynchronousWatch(TrainerCallback):
         self.completions = self.dropped = self.lag = 0
         self._started = time.perf_counter()
 
+    @property
+    def known(self) -> dict[str, int]:
+        """What is known besides the steps."""
+        return {"dropped": self.dropped, "lag": self.lag, "completions": self.completions}
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._started = time.perf_counter()
 
@@ -176,12 +213,11 @@ def train(training: Namespace) -> dict[str, Any]:
     """Train; return the counted steps, and what else is known of them."""
     first, known = StepWatch(training), dict[str, Any]()
     if training.asynchronous:
-        peer = trl_asynchronous.make_trainer(training, make_prompts(training), max_steps(training), first)
+        peer = make_asynchronous(training, first)
         logged = AsynchronousWatch()
         peer.add_callback(logged)
         peer.train()
-        steps = logged.steps
-        known = {"dropped": logged.dropped, "lag": logged.lag, "completions": logged.completions}
+        steps, known = logged.steps, logged.known
     elif training.max_staleness is None:
         trainer = make_trainer(training, first)
         watch = TrlWatch(trainer.vllm_generation)

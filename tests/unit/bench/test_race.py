@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import queue
 import sys
 from argparse import Namespace
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,10 +19,19 @@ import bench.race.trainings
 from bench.contenders.lockstep import end_run
 from bench.race.__main__ import ROWS, RaceBench
 from bench.race.figures import Band, against, mean_curve, reached, summary, target_accuracy
-from bench.race.learner import Clock, CompletionsClient, Copies, PeerWatch, Race
+from bench.race.learner import (
+    AsynchronousCopies,
+    Clock,
+    CompletionsClient,
+    Copies,
+    PeerWatch,
+    Race,
+    prompt_order,
+    shared_options,
+    unload_adapters,
+)
 from bench.race.rates import RatesBench, ends
-from bench.race.trainings import TRL
-from bench.step.figures import Step, figures
+from bench.step.figures import ASYNCHRONOUS, TRL, Step, figures
 from learner.run_dir.lease import Lease, save_lease
 from learner.utils.processes import ProcessGroup
 from shared.errors import UnknownRun
@@ -111,7 +121,8 @@ def test_rows_become_a_file_tables_and_a_picture(tmp_path: Path) -> None:
         seconds = 4.0 if training.apply is None else 1.0
         made.add(training.about, made.kept(training, answer(0.2, 0.5 + training.about["seed"] / 1000, seconds=seconds)))
     document = json.loads((tmp_path / "race.json").read_text())
-    assert document["reached"] == {name: True for name in ROWS if name != TRL}
+    assert document["reached"] == {name: True for name in ROWS if name not in (TRL, ASYNCHRONOUS)}
+    assert document["of_trl"][ASYNCHRONOUS]["seconds"] == 1.0
     at = {"seconds": 0.25, "samples": 1.0, "seconds_to_target": 0.25, "samples_to_target": 1.0}
     assert document["of_trl"][S1] == pytest.approx(at)
     assert f"{S1} reaches TRL's final accuracy in 0.25 of its seconds and 1.00 of its samples" in document["headline"]
@@ -139,7 +150,7 @@ def test_nothing_measured_has_a_table_too() -> None:
 
 
 def test_trainings_come_seed_by_seed_and_peers_have_servers_of_their_own() -> None:
-    made = RaceBench(["--seeds", "2,1", "--only", f"{S1},TRL"])
+    made = RaceBench(["--seeds", "2,1", "--only", f"{S1},{TRL}"])
     found = [(each.about["seed"], each.about["row"], each.server) for each in made.trainings()]
     assert found == [
         (1, S1, "columns"),
@@ -148,6 +159,13 @@ def test_trainings_come_seed_by_seed_and_peers_have_servers_of_their_own() -> No
         (2, TRL, made.trainings()[3].name),
     ]
     assert len({server for *_, server in found}) == 3
+
+
+def test_every_training_is_of_our_trainer_or_of_one_of_trls() -> None:
+    found = {each.about["row"]: each for each in RaceBench(["--seeds", "42"]).trainings()}
+    assert {row: each.peer for row, each in found.items() if each.peer} == {TRL: TRL, ASYNCHRONOUS: ASYNCHRONOUS}
+    assert found[ASYNCHRONOUS].server == found[ASYNCHRONOUS].name
+    assert "AsyncGRPOTrainer" in found[ASYNCHRONOUS].about["note"]
 
 
 def test_a_training_that_is_done_is_run_again_only_with_other_options(
@@ -191,7 +209,7 @@ def learners(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 def raced(work: Path, *flags: str, device: str = "cpu", dead: str = "") -> RaceBench:
     """Run the race of a bench whose servers are none."""
-    made = RaceBench(["--seeds", "42", "--only", f"{S1},TRL,{S0}", *flags])
+    made = RaceBench(["--seeds", "42", "--only", f"{S1},{TRL},{S0}", *flags])
     made.work, made.model, made.cores, made.device = work, work, [], device
     waiting = made.trainings()
     names = [training.server for training in waiting]
@@ -262,11 +280,11 @@ def test_after_the_deadline_nothing_begins(tmp_path: Path, learners: dict[str, s
 
 
 def test_only_the_first_begins_while_the_next_waits(tmp_path: Path, learners: dict[str, str]) -> None:
-    names = [training.name for training in RaceBench(["--seeds", "42", "--only", f"{S1},TRL"]).trainings()]
+    names = [training.name for training in RaceBench(["--seeds", "42", "--only", f"{S1},{TRL}"]).trainings()]
     other = tmp_path / names[1] / "go"
     first = f"assert not pathlib.Path({str(other)!r}).exists()\n" + learners[""]
     learners[names[0]] = first + f"\nassert not pathlib.Path({str(other)!r}).exists()"
-    assert [one["ok"] for one in raced(tmp_path, "--only", f"{S1},TRL", device="cuda:0").rows] == [True, True]
+    assert [one["ok"] for one in raced(tmp_path, "--only", f"{S1},{TRL}", device="cuda:0").rows] == [True, True]
 
 
 def test_words_of_a_training_are_those_of_the_recipe_and_the_row() -> None:
@@ -393,6 +411,76 @@ def test_adapters_are_kept_as_they_were_and_put_back() -> None:
     copies.restore(copies.kept[1][2])
     assert weight.tolist() == [2.0, 2.0]
     assert weight.requires_grad
+
+
+def test_the_asynchronous_trainers_clock_runs_from_the_end_of_its_setup(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has its first batch before its first step begins, and brings a step's weights before our callback."""
+    now = [100.0]
+    monkeypatch.setattr("bench.race.learner.time.perf_counter", lambda: now[0])
+    race, ended = RacedSteps(), list[str]()
+    race.trainer._metrics = {"train": {"perf/weight_sync_s": [1.0]}}
+    samples: queue.Queue[int] = queue.Queue()
+    samples.put(1)
+    race.trainer.rollout_worker = Namespace(
+        rollout_buffer=samples,
+        metrics_queue=queue.Queue(),
+        _stop_event_mp=Namespace(set=lambda: ended.append("worker")),
+        _process=Namespace(is_alive=lambda: not samples.empty()),  # until they are read
+    )
+    copies = AsynchronousCopies(race, [torch.nn.Parameter(torch.zeros(2))])
+    copies.on_train_begin(None, race.trainer.state, None)
+    for step in range(3):
+        now[0] += 2.0
+        race.clock.on_step_begin(None, race.trainer.state, None)
+        copies.on_step_begin(None, race.trainer.state, None)
+        now[0] += 3.0
+        race.trainer.state.global_step = step + 1
+        copies.on_step_end(None, race.trainer.state, None)
+    copies.on_train_end(None, race.trainer.state, None)
+    assert [kept[:2] for kept in copies.kept] == [(0, 0.0), (2, 10.0), (3, 15.0)]
+    assert race.trainer._metrics == {"train": {}}
+    assert ended == ["worker"]
+
+
+def test_options_that_both_trainers_have_are_those_of_the_recipe() -> None:
+    @dataclass
+    class Options:
+        learning_rate: float = 1e-6
+        accelerator_config: Any = None
+        token_budget: int | None = None
+        max_staleness: int = 4
+        queue_maxsize: int = 1024
+
+    args: Any = Namespace(learning_rate=2e-4, beta=0.1, accelerator_config="of another class")
+    assert shared_options(args, Options, max_staleness=2) == Options(2e-4, None, 0, 2, 1024)
+
+
+def test_the_asynchronous_trainer_gets_prompts_in_the_order_of_the_others() -> None:
+    from trl.trainer.utils import RepeatSampler
+
+    dataset: Any = range(10)
+    args: Any = Namespace(generation_batch_size=12, num_generations=4, shuffle_dataset=True, seed=7)
+    # As GRPOTrainer makes it: three prompts a batch, every one four times.
+    sampled = list(RepeatSampler(dataset, 4, batch_size=3, repeat_count=1, shuffle=True, seed=7))
+    assert prompt_order(args, dataset) == sampled[::4]
+    assert len(set(sampled)) == 9
+
+
+def test_a_server_forgets_the_adapters_of_a_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    unloaded = []
+
+    def answered(request: httpx.Request) -> httpx.Response:
+        if request.method == "POST":
+            unloaded.append(json.loads(request.content))
+            return httpx.Response(200)
+        models = [{"id": "base", "parent": None}, {"id": "trl-policy-v2", "parent": "base"}]
+        return httpx.Response(200, json={"data": models})
+
+    client = httpx.Client
+    transport = httpx.MockTransport(answered)
+    monkeypatch.setattr(httpx, "Client", lambda **options: client(**options, transport=transport))
+    unload_adapters("http://server")
+    assert unloaded == [{"lora_name": "trl-policy-v2"}]
 
 
 def test_a_held_out_question_is_asked_as_a_trainer_asks_it() -> None:

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from torch.nn.functional import scaled_dot_product_attention
 
 from bench.common.models import SHAPES
 from bench.contenders.trl_asynchronous import (
     CHAT_TEMPLATE,
     RESPONSE_TEMPLATE,
+    as_conversations,
     flash_attn_varlen_func,
     use_torch_attention,
 )
@@ -70,6 +72,12 @@ def test_attention_of_another_kind_is_refused() -> None:
     cu = torch.tensor([0, 1], dtype=torch.int32)
     with pytest.raises(ValueError, match="only full causal"):
         flash_attn_varlen_func(q, q, q, cu, cu, 1, 1, softmax_scale=1.0, causal=True, window_size=(3, 0))
+
+
+def test_prompts_become_conversations_beside_the_other_columns() -> None:
+    made = as_conversations(Dataset.from_dict({"prompt": ["1 + 2 =", "3 + 4 ="], "answer": ["3", "7"]}))
+    assert list(made)[1] == {"answer": "7", "prompt": [{"role": "user", "content": "3 + 4 ="}]}
+    assert len(as_conversations(Dataset.from_dict({"prompt": ["1 + 2 =", "3 + 4 ="]}))) == 2
 
 
 def test_a_conversation_is_its_prompts_tokens() -> None:
