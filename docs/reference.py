@@ -39,7 +39,8 @@ def cli_page() -> str:
                 "no boolean where an option takes words. Where an option takes a list, one value will do. `none` and "
                 "`null` stand for no value: a flag undoes a line of a file so.",
                 "## rollout-server MODEL",
-                "Every flag of `vllm serve` is taken too; those that cannot work on a rollout server are refused.",
+                "Every flag of `vllm serve` is taken too; those that cannot work on a rollout server are refused. "
+                "`--check` says whether all of them fit the model, and ends.",
                 _table(("flag", "default", ""), (_row(field, "-") for field in dataclasses.fields(ServerSettings))),
                 "## learner train",
                 "Every field of TRL's `GRPOConfig` and `ModelConfig` is a flag too. `--help` shows what is set first, "
@@ -86,7 +87,9 @@ def http_page() -> str:
     parts.append(
         "As vLLM documents them. `model` is `policy` or `policy:RUN_ID` for an adapter, or the base's name. Fields of "
         "OpenAI's clients and of earlier versions of vLLM that vLLM would ignore are refused by name, where the answer "
-        f"would be another one: {', '.join(f'`{name}`' for name in IGNORED)}, `guided_*`."
+        f"would be another one: {', '.join(f'`{name}`' for name in IGNORED)}, `guided_*`. So are tools "
+        "that a provider would run (`web_search`, `code_interpreter` ...), unless the server has a `--tool-server`; "
+        "beside others they are left out, as agents offer them without being asked to."
     )
     parts.append(_table(("route", "role"), ((f"`{m} {p}`", str(role)) for (m, p), role in VLLM_ROUTES.items())))
     parts.append(
@@ -101,7 +104,8 @@ def http_page() -> str:
     parts.append(
         'Every answer that is no success is `{"error": {"code", "message", "detail"}}`; the message says what to do. A '
         "line that ends a stream of NDJSON early has the same form. What vLLM's routes refuse themselves has vLLM's, "
-        "except where its engine refuses a request for a stream."
+        "except where its engine refuses a request for a stream. An error that ends a stream of events later is an "
+        "event in the form of the route."
     )
     parts.append(_table(("code", "status"), ((f"`{c.value}`", str(error_class(c).status)) for c in ErrorCode)))
     parts.append("## Bodies")

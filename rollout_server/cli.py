@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -55,6 +57,9 @@ def main() -> None:
             configured = resolve(sys.argv[1:])
     except Exception as error:  # of vLLM and transformers, of any kind
         _fail(error, EXIT_USAGE)
+    if configured[0].check:
+        print(f"rollout-server: these flags fit {configured[0].model}")
+        return
     try:
         status = uvloop.run(_follow(*configured) if configured[0].node_rank > 0 else _serve(*configured))
     except Exception as error:
@@ -136,8 +141,10 @@ def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
     parser.set_defaults(allowed_media_domains=[vision.NO_MEDIA_DOMAIN])
     # An image that vLLM counts as known to its engine, and whose request is refused then, is missing there.
     parser.set_defaults(mm_processor_cache_gb=0)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(as_words(argv, parser._option_string_actions))
     settings = server_settings.from_args(args)
+    if limit := getattr(args, "max_num_queued_reqs", None):  # who asks for more at once would be told to ask again
+        settings = replace(settings, max_sequences=min(settings.max_sequences, limit))
     if args.limit_mm_per_prompt:  # learners would be told another number
         raise ValueError("--limit-mm-per-prompt cannot be used on a rollout server: set --max-images instead")
     if not args.language_model_only:
@@ -192,6 +199,50 @@ def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
             raise ValueError("--fully-sharded-loras: each worker would hold a part of A's rank; use --apply adapter")
         _use_columns(args)
     return args, settings
+
+
+def as_words(argv: list[str], actions: Mapping[str, argparse.Action]) -> list[str]:
+    """Return a command line with lists and `--no-FLAG` as the flags take them.
+
+    A recipe knows nothing of their kinds: it writes a list as one word of JSON, and `false` as `--no-FLAG`.
+
+    Args:
+        actions: of the parser, by flag.
+    """
+    words: list[str] = []
+    for before, word in zip(["", *argv], argv, strict=False):
+        action, items = actions.get(before.replace("_", "-")), _items(word)
+        if action is not None and items is not None and (given := _given_list(before, items, action)) is not None:
+            words[-1:] = given
+        elif not _is_off(word.replace("_", "-"), actions):
+            words.append(word)
+    return words
+
+
+def _given_list(flag: str, items: list[str], action: argparse.Action) -> list[str] | None:
+    """Return a flag with a list as vLLM takes it; None where that is one word of JSON."""
+    if isinstance(action, argparse._AppendAction):
+        return [word for item in items for word in (flag, item)]
+    if action.nargs in ("+", "*"):
+        return [flag, *items] if items else []
+    if "--device-ids" in action.option_strings:
+        return [flag, ",".join(items)] if items else []
+    return None
+
+
+def _items(word: str) -> list[str] | None:
+    """Return the items of a list of JSON; None where the word is none."""
+    try:
+        items = json.loads(word) if word.startswith("[") else None
+    except ValueError:
+        return None
+    return None if items is None else [item if isinstance(item, str) else json.dumps(item) for item in items]
+
+
+def _is_off(word: str, actions: Mapping[str, argparse.Action]) -> bool:
+    """Return whether a word says `no` to a flag that can only be given or left out."""
+    flag = actions.get(f"--{word.removeprefix('--no-')}")
+    return word.startswith("--no-") and word not in actions and isinstance(flag, argparse._StoreTrueAction)
 
 
 def _check_hosts(args: Any, settings: server_settings.ServerSettings) -> None:

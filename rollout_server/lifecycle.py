@@ -36,7 +36,7 @@ from rollout_server.runs.table import RunTable
 from rollout_server.service import Service
 from rollout_server.sessions.records import Sessions
 from rollout_server.settings import ServerSettings
-from rollout_server.vllm_compat import log_filter, start_errors, topology, versions, vision
+from rollout_server.vllm_compat import log_filter, message_streams, start_errors, topology, versions, vision
 from shared.collections_off import without_collections
 from shared.errors import EngineDead, InvalidRequest
 from shared.messages import one_line
@@ -193,11 +193,12 @@ async def _start(
             others,
             described[0]["linear"],
         )
-    await _warm_up(engine, vllm_config.parallel_config.data_parallel_size, lora=not settings.merges)
+    await _warm_up(engine, vllm_config, lora=not settings.merges)
     await sleep.rehearse()
     tasks = await engine.get_supported_tasks()
     openai_app = versions.build_openai_app(args, tasks, vllm_config.model_config)
     await versions.init_openai_state(proxy, openai_app.state, args, tasks)
+    message_streams.end_with_errors(openai_app.state)
     log_filter.leave_refusals_out()
     exclusive = Exclusive(proxy, enabled=settings.deterministic)
     versions.accept_any_model(openai_app.state, in_session, proxy.note_missing)
@@ -207,7 +208,11 @@ async def _start(
     metrics.POLICY_STEPS.served = runs.steps
     metrics.SESSIONS.sessions = sessions
     app = LimitsMiddleware(
-        build_app(service, openai_app), settings, capacity, context=vllm_config.model_config.max_model_len
+        build_app(service, openai_app),
+        settings,
+        capacity,
+        context=vllm_config.model_config.max_model_len,
+        tool_server=bool(args.tool_server),
     )
     # All has been loaded: make later requests cheaper.
     gc.collect()
@@ -237,18 +242,22 @@ async def _linked(
         return await Workers.connect(sockets, count, on_break)
 
 
-async def _warm_up(engine: Any, engines: int, *, lora: bool) -> None:
+async def _warm_up(engine: Any, vllm_config: Any, *, lora: bool) -> None:
     """Generate with and without adapter on each engine: the first requests compile and allocate for many seconds."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     params = SamplingParams(max_tokens=4, logprobs=0, ignore_eos=True, output_kind=RequestOutputKind.FINAL_ONLY)
+    engines = vllm_config.parallel_config.data_parallel_size
+    # vLLM would refuse more; earlier versions have no such limit.
+    room = asyncio.Semaphore(getattr(vllm_config.scheduler_config, "max_num_queued_reqs", None) or 4 * engines)
 
     async def run(rank: int, index: int, request: Any) -> None:
         prompt = {**token_prompt([index + 1] * 16), "cache_salt": "lockstep:warm-up"}
         name = f"warm-up-{bool(request)}-{rank}-{index}"
-        async for _ in engine.generate(prompt, params, name, lora_request=request, data_parallel_rank=rank):
-            pass
+        async with room:
+            async for _ in engine.generate(prompt, params, name, lora_request=request, data_parallel_rank=rank):
+                pass
 
     for request in (None, versions.lora_request("slot-1", 1)) if lora else (None,):
         await asyncio.gather(*(run(rank, index, request) for rank in range(engines) for index in range(4)))

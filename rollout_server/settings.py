@@ -116,7 +116,7 @@ class ServerSettings:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add one flag per field of `ServerSettings`."""
+    """Add one flag per field of `ServerSettings`, and `--check`."""
     group = parser.add_argument_group("lockstep", "Flags of the rollout server itself; all others are vLLM's.")
     for setting in fields(ServerSettings):
         options: dict[str, Any] = {"default": setting.default, "help": setting.metadata["help"]}
@@ -126,6 +126,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             options |= {"type": type(setting.default), "choices": setting.metadata["choices"]}
         # vLLM's parser adds the default to the help.
         group.add_argument("--" + setting.name.replace("_", "-"), **options)
+    group.add_argument("--check", action="store_true", help="say whether these flags fit the model, and end")
 
 
 _MAY_BE_ZERO = ("drain_seconds", "engine_stall_seconds")

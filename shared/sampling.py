@@ -62,7 +62,11 @@ class SamplingParams(FewFields):
     frequency_penalty: float = Field(0.0, ge=-2.0, le=2.0)
     repetition_penalty: float = Field(1.0, ge=_LEAST_PENALTY, le=_MOST_PENALTY)
     seed: int | None = Field(
-        None, ge=-(2**63), lt=2**63, description="completion i of a prompt is drawn with seed + i; -1: none"
+        None,
+        ge=-(2**63),
+        lt=2**63,
+        description="completion i of a prompt is drawn with seed + i, so seeds that are less than n apart have "
+        "completions in common; -1: none",
     )
     max_tokens: int | None = Field(16, ge=1, lt=2**31, description="None: as long as the model's context allows")
     min_tokens: int = Field(0, ge=0, lt=2**31)
@@ -70,7 +74,11 @@ class SamplingParams(FewFields):
     stop_token_ids: _TokenIds = Field([])
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
-    bad_words: _Words = Field([])
+    bad_words: _Words = Field(
+        [],
+        description="as vLLM tokenizes them: the tokens of a word alone, and of the word after a space where these are "
+        "as many; spelt with other tokens it may come all the same, and logit_bias bans single tokens for certain",
+    )
     allowed_token_ids: _TokenIds | None = None
     logit_bias: Annotated[dict[Count, _Bias], Field(fail_fast=True, max_length=2**20)] | None = None
     structured_outputs: StructuredOutputs | None = None

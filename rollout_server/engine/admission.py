@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from rollout_server.runs.slots import Recall, Run, Slot
 from rollout_server.vllm_compat import versions
-from shared.errors import EngineDead, InvalidRequest
+from shared.errors import EngineDead, InvalidRequest, Overloaded
+from shared.messages import one_line
 from shared.rollouts import VersionSpan
 from shared.weights import WeightVersion
 
@@ -83,7 +84,7 @@ class Admission(AbstractContextManager["Admission"]):
         """Generate on this version with vLLM. `prompt`: one of vLLM's prompt dicts.
 
         Raises:
-            LockstepError: `invalid_request`, `engine_dead`.
+            LockstepError: `invalid_request`, `overloaded`, `engine_dead`.
         """
         import msgspec  # vLLM's
 
@@ -106,9 +107,11 @@ class Admission(AbstractContextManager["Admission"]):
                 # Name and id of a slot never change; the salt tells installs apart.
                 kwargs["lora_request"] = versions.lora_request(f"slot-{self._slot.slot_id}", self._slot.slot_id)
         self._submitted[request_id] = self._slot.version if self._slot else None
+        begun = False
         async with aclosing(self._engine.generate(prompt, sampling_params, request_id, **kwargs)) as stream:
             try:
                 async for output in stream:
+                    begun = True
                     self._on_output()
                     if any(completion.finish_reason == "error" for completion in output.outputs):
                         raise InvalidRequest(
@@ -126,6 +129,18 @@ class Admission(AbstractContextManager["Admission"]):
                 raise EngineDead(
                     "the engine died while this request was running; ask a server that is ready"
                 ) from error
+            except versions.overload_errors() as error:
+                raise overloaded(error) from error
+            except Exception as error:
+                # An engine that is dead has refused nothing, whatever its last error was.
+                if begun or self._engine.errored or (reason := versions.refused(error)) is None:
+                    raise
+                raise InvalidRequest(one_line(reason)) from error
+
+
+def overloaded(error: Exception) -> Overloaded:
+    """Return our error for one of `versions.overload_errors`."""
+    return Overloaded(f"{error} Its limits are --max-num-queued-reqs and --max-num-queued-tokens")
 
 
 def _check_seeds(sampling_params: Any) -> None:

@@ -15,16 +15,14 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from fastapi import HTTPException
-
-from rollout_server.engine.admission import Admission, OutputTokens, SessionHold
+from rollout_server.engine.admission import Admission, OutputTokens, SessionHold, overloaded
 from rollout_server.engine.capacity import Capacity
 from rollout_server.engine.uninterrupted import uninterrupted
 from rollout_server.runs.slots import Recall, Run, Slot
 from rollout_server.runs.table import RunTable
 from rollout_server.settings import ServerSettings
 from rollout_server.vllm_compat import versions, vision
-from shared.errors import EngineDead, InvalidRequest, LockstepError, VersionNotActive
+from shared.errors import EngineDead, InternalError, InvalidRequest, LockstepError, VersionNotActive
 from shared.messages import one_line
 from shared.rollouts import PolicyRequest
 from shared.sampling import SamplingParams
@@ -248,10 +246,28 @@ class EngineProxy:
             except LockstepError as error:
                 call.refusal = error
                 # vLLM's routes report this form in theirs, where it comes too late for an error response of ours.
-                raise HTTPException(error.status, str(error)) from error
-            except versions.own_refusals() as error:
+                raise versions.http_error(error.status, str(error)) from error
+            except versions.refusals() as error:  # its routes know their status
                 call.rejection = InvalidRequest(one_line(error))
                 raise
+            except Exception as error:
+                reason = error.__cause__ or error
+                message = f"the engine failed ({type(reason).__name__}: {one_line(reason)}); the server's log says more"
+                call.rejection = InternalError(message)
+                raise
+
+    def check_admission(self, n: int = 1, **kwargs: Any) -> None:
+        """Check vLLM's limits for a route that is about to prepare a request of `n` sequences."""
+        try:
+            self.capacity.check_sequences(n)
+            self._engine.check_admission(n, **kwargs)
+        except Exception as error:
+            refusal = overloaded(error) if isinstance(error, versions.overload_errors()) else error
+            if not isinstance(refusal, LockstepError):
+                raise
+            if (call := CALL_CONTEXT.get()) is not None:
+                call.refusal = refusal
+            raise versions.http_error(refusal.status, str(refusal)) from refusal
 
     def note_missing(self, model: str) -> None:
         """Note for the running call why there is no such model, which vLLM's route is about to refuse."""

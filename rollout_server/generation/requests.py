@@ -92,6 +92,9 @@ async def generate(
         while await _next(finished) is None:
             yield None
         tasks = starting.result()
+        for task in tasks:
+            if task.done():
+                task.result()  # what vLLM has refused by now has an error response, in place of a stream
         yield None
         for task in tasks:
             task.add_done_callback(finished.put_nowait)

@@ -22,6 +22,10 @@ def leave_refusals_out() -> None:
 
 def is_no_refusal(record: logging.LogRecord) -> bool:
     """Return whether a record is of something else than a request that this server, or vLLM, has refused."""
+    # A model that there is not: vLLM logs its answer.
+    answered = [getattr(getattr(each, "error", None), "code", 500) for each in record.args or ()]
+    if any(isinstance(code, int) and code < 500 for code in answered):
+        return False
     own = versions.own_refusals()
     error = record.exc_info[1] if record.exc_info else None
     while error is not None:

@@ -7,7 +7,7 @@ Everything in `rollout_server.vllm_compat` was written for vLLM 0.26 to 0.33. Mo
 | versions | entry points and exceptions of the OpenAI app (two names, both are tried), AsyncLLM's output processor |
 | versions | the pool of tokenizers, where there is one; `LogprobsProcessor.from_new_request` |
 | versions, on CPUs | `dispatch_cpu_unquantized_gemm`; `_sample` and `_bookkeeping_sync` of the model runner |
-| versions, on CPUs | `CPUAttentionBackendImpl.do_kv_cache_update` |
+| versions | `do_kv_cache_update` of `FlexAttentionImpl`, and on CPUs of `CPUAttentionBackendImpl` |
 | linears | linear layers, packed modules, the names mapper (two names of its method, both are tried) |
 | lora_slots | the worker's LoRA manager and LoRA layers, `MergedQKVParallelLinearWithLoRA.output_slices` |
 | kept_mass | both samplers: V1 in `vllm/v1/sample`, V2 in `vllm/v1/worker/gpu/sample` |
@@ -21,6 +21,7 @@ Everything in `rollout_server.vllm_compat` was written for vLLM 0.26 to 0.33. Mo
 | ray_executor | `RayExecutorV2` and `RayWorkerProc`, `Executor.get_class`, `ray_device_key` of the CPU platform |
 | hosts_executor | `MultiprocExecutor` (`monitor_workers`, `workers`), `Executor.get_class` |
 | vision | the renderer and its processors (`_maybe_apply_prompt_updates`) |
+| message_streams | `AnthropicServingMessages.message_stream_converter` |
 | pil_processors | the model registry's `_run_in_subprocess` |
 """
 
@@ -31,6 +32,7 @@ import functools
 import importlib
 from collections import Counter
 from collections.abc import Callable
+from http import HTTPStatus
 from types import MethodType, SimpleNamespace
 from typing import Any
 
@@ -187,10 +189,36 @@ def refusals() -> tuple[type[Exception], ...]:
 
 def own_refusals() -> tuple[type[Exception], ...]:
     """Return those of `refusals` that are vLLM's own classes."""
+    return _named_errors("VLLMClientError", "VLLMValidationError")
+
+
+def overload_errors() -> tuple[type[Exception], ...]:
+    """Return the exceptions with which AsyncLLM refuses a request because of its limits; earlier versions have none."""
+    return _named_errors("QueueOverflowError", "MaxQueuedTokensError")
+
+
+def refused(error: BaseException) -> BaseException | None:
+    """Return why AsyncLLM has refused a request, where its `EngineGenerateError` hides it; else None."""
+    from vllm.v1.engine.exceptions import EngineGenerateError
+
+    cause = error.__cause__ if isinstance(error, EngineGenerateError) else None
+    return cause if isinstance(cause, refusals()) else None
+
+
+def http_error(status: int, message: str) -> Exception:
+    """Return the error that vLLM's routes report with this status, in streams too where its version can."""
+    from fastapi import HTTPException
     from vllm import exceptions
 
-    own = [getattr(exceptions, name, None) for name in ("VLLMClientError", "VLLMValidationError")]
-    return tuple(error for error in own if error is not None)
+    if (graceful := getattr(exceptions, "GracefulHTTPError", None)) is not None:
+        return graceful(message, HTTPStatus(status))  # type: ignore[no-any-return]
+    return HTTPException(status, message)
+
+
+def _named_errors(*names: str) -> tuple[type[Exception], ...]:
+    from vllm import exceptions
+
+    return tuple(error for name in names if (error := getattr(exceptions, name, None)) is not None)
 
 
 def copy_tokenizer(engine: Any) -> Any:
@@ -308,29 +336,47 @@ def keep_linear_weights_on_cpu() -> None:
     utils.dispatch_cpu_unquantized_gemm = dispatch_but_linears
 
 
-def keep_blocks_clean_on_cpu() -> None:
-    """Zero a block of the KV cache as a sequence begins it, on the CPU backend; no effect on other backends.
+def keep_blocks_clean() -> None:
+    """Zero a block of the KV cache as a sequence begins it, for attention that lets what was there before through.
 
-    Its attention multiplies what lies in a block behind the sequence's end by 0, and 0 times NaN is NaN: a run that has
-    diverged left blocks behind in which all tokens of whoever came next were NaN, whatever the run.
+    The CPU's and FlexAttention multiply what lies in a block behind the sequence's end by 0, and 0 times NaN is NaN: a
+    run that has diverged left blocks behind in which all tokens of whoever came next were NaN, whatever the run.
+    FLASH_ATTN and TRITON_ATTN do not.
     """
     from vllm.platforms import current_platform
+    from vllm.v1.attention.backends import flex_attention
 
-    if not current_platform.is_cpu():
-        return
-    from vllm.v1.attention.backends import cpu_attn
+    implementations: list[Any] = [flex_attention.FlexAttentionImpl]
+    if current_platform.is_cpu():
+        from vllm.v1.attention.backends import cpu_attn
 
-    implementation: Any = cpu_attn.CPUAttentionBackendImpl
-    update = getattr(implementation, "do_kv_cache_update", None)
-    if update is None:  # earlier versions write within the attention
-        return
+        implementations.append(cpu_attn.CPUAttentionBackendImpl)
+    for implementation in implementations:
+        if hasattr(implementation, "do_kv_cache_update"):  # earlier versions write within the attention
+            zero_begun_blocks(implementation)
+
+
+def zero_begun_blocks(implementation: Any) -> None:
+    """Let an implementation of attention zero the blocks in which slots are the first."""
+    update = implementation.do_kv_cache_update
 
     def update_clean(self: Any, layer: Any, key: Any, value: Any, kv_cache: Any, slot_mapping: Any) -> None:
-        size = kv_cache.shape[2]  # [blocks, heads, tokens, ...]
-        kv_cache[slot_mapping[slot_mapping % size == 0] // size] = 0
+        blocks = begun_blocks(slot_mapping, kv_cache.shape[2], fixed=kv_cache.is_cuda)  # [blocks, heads, tokens, ...]
+        kv_cache.index_fill_(0, blocks, 0)
         update(self, layer, key, value, kv_cache, slot_mapping)
 
     implementation.do_kv_cache_update = update_clean
+
+
+def begun_blocks(slot_mapping: Any, size: int, *, fixed: bool) -> Any:
+    """Return the blocks whose first slots are among slots [T], -1 being none.
+
+    Args:
+        fixed: return [T], as CUDA graphs need it, filled up with block 0, which vLLM gives to nobody.
+    """
+    begins = slot_mapping % size == 0
+    blocks = slot_mapping // size
+    return blocks.masked_fill(~begins, 0) if fixed else blocks[begins]
 
 
 def keep_seeds_alive_on_cpu(worker: Any) -> None:

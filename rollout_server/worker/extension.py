@@ -44,7 +44,7 @@ _LEAVE_S = 10.0
 
 # vLLM imports this module in each worker process before it loads the model.
 cpu_lora.install()
-versions.keep_blocks_clean_on_cpu()
+versions.keep_blocks_clean()
 lora_slots.install()
 experts.leave_experts_alone()
 pil_processors.do_without_torchvision()

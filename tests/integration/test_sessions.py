@@ -226,6 +226,24 @@ def test_anthropic(client: RolloutClient, session: SessionOpened, model: Path) -
     assert _complete(texts) == _complete(answered)
 
 
+def test_a_stream_of_messages_that_the_end_of_its_session_ends(
+    server: ServerProcess, client: RolloutClient, pushed: WeightVersion
+) -> None:
+    logged = server.log.read_text(errors="replace").count("Traceback")
+    forever = _open(client, sampling={"ignore_eos": True, "max_tokens": None})
+    ask: Any = {"model": "claude", "max_tokens": 900, "messages": [ASK], "stream": True}
+    with HTTP.stream("POST", f"{client.url}{forever.path}/messages", json=ask) as stream:
+        lines = stream.iter_lines()
+        assert next(lines) == "event: message_start"
+        HTTP.delete(f"{client.url}/v1/sessions/{forever.session_id}")
+        *_, event, data, _ = lines
+    assert event == "event: error"
+    error = json.loads(data.removeprefix("data: "))
+    assert error["error"]["type"] == "invalid_request_error"
+    assert error["error"]["message"].endswith("it has been deleted [session_ended]")
+    assert server.log.read_text(errors="replace").count("Traceback") == logged
+
+
 def test_a_token_opens_its_session_only(client: RolloutClient, session: SessionOpened) -> None:
     held = {"Authorization": f"Bearer {session.token}"}
     assert [each.id for each in _openai(client, session).models.list()] == ["policy"]

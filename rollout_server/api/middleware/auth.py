@@ -19,6 +19,8 @@ from rollout_server.api.security.roles import (
     SESSION_KEY,
     Role,
     is_vllm_path,
+    meant,
+    no_route,
     opened_by_session,
     rewarded_session,
     role_needed,
@@ -27,7 +29,7 @@ from rollout_server.api.security.roles import (
 from rollout_server.sessions.records import RecordedSession, Sessions, is_session_token
 from rollout_server.settings import ServerSettings
 from shared.bearer_tokens import TOKEN_VARIABLE
-from shared.errors import Forbidden, LockstepError, Unauthenticated, UnknownSession
+from shared.errors import Forbidden, LockstepError, Unauthenticated, UnknownRoute, UnknownSession
 from shared.local_access import LocalAccess
 
 _BEARER = re.compile(rb"bearer +([^\s]+)", re.IGNORECASE)
@@ -77,7 +79,9 @@ class AuthMiddleware:
             await send({"type": "websocket.close", "code": 1008})  # before it is accepted: HTTP 403
 
     def _admitted(self, scope: Scope) -> Scope:
-        """Return the scope of a request that may pass; raises `unauthenticated`, `forbidden`, `unknown_session`."""
+        """Return the scope of a request that may pass; raises `unauthenticated`, `forbidden`, `unknown_session`, or
+        `unknown_route` where only the `/v1` of a path is wrong.
+        """
         if scope["type"] == "http" and scope["path"] in OPEN:
             return scope
         method, path = scope.get("method", "websocket"), scope["path"]
@@ -93,6 +97,8 @@ class AuthMiddleware:
         rewarded = rewarded_session(path)
         if session is not None:
             opened = opened_by_session(method, path, session.session_id)
+            if opened is None and opened_by_session(method, meant(method, path) or "", session.session_id):
+                raise UnknownRoute(no_route(method, path))
             if opened is None or (rewarded and not session.request.accept_reward):
                 raise Forbidden(
                     "this token opens the calls of its session and nothing else; its reward only where it was opened "
@@ -101,17 +107,20 @@ class AuthMiddleware:
             return scope if opened == path and opened not in SESSION_CALLS else _call(scope, opened, session)
         if self._tokens is None and rewarded and not self._sessions.get(rewarded).request.accept_reward:
             raise Forbidden("without tokens anyone may be the agent: this session was opened without accept_reward")
-        self._check_role(presented, role_needed(method, served))
+        self._check_role(presented, method, served)
         return _call(scope, served, self._sessions.get(call[0])) if call else scope
 
-    def _check_role(self, presented: bytes | None, needed: Role) -> None:
+    def _check_role(self, presented: bytes | None, method: str, path: str) -> None:
         if self._tokens is None:
             return
         role = self._tokens.role_of(presented) if presented else None
         if role is None:
             what = "this token is not known here" if presented else "a bearer token is needed"
             raise Unauthenticated(f"{what}: {_HOW}")
+        needed = role_needed(method, path)
         if role not in (needed, Role.WEIGHTS):
+            if role is Role.GENERATE and meant(method, path):
+                raise UnknownRoute(no_route(method, path))
             raise Forbidden(f"this token has the role {role.value}, and this needs {needed.value}")
 
     def _page_refusal(self, scope: Scope) -> LockstepError | None:

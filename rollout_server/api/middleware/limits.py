@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from functools import partial
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -32,10 +33,20 @@ class LimitsMiddleware:
 
     Args:
         context: tokens of the model's context.
+        tool_server: vLLM has one, which runs hosted tools.
     """
 
-    def __init__(self, app: ASGIApp, settings: ServerSettings, capacity: Capacity, context: int = 0) -> None:
-        self._app, self._settings, self._capacity, self._context = app, settings, capacity, context
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: ServerSettings,
+        capacity: Capacity,
+        context: int = 0,
+        *,
+        tool_server: bool = False,
+    ) -> None:
+        self._app, self._settings, self._capacity = app, settings, capacity
+        self._check_body = partial(check_body, context=context, tool_server=tool_server)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS") or scope["path"] in _ORDERS:
@@ -102,7 +113,7 @@ class LimitsMiddleware:
         finally:
             held.callback(self._capacity.hold, -len(body))
         left = [bytes(body)]
-        memory = await check_body(scope, left[0], self._context) - len(body)
+        memory = await self._check_body(scope, left[0]) - len(body)
         self._capacity.hold(memory)
         held.callback(self._capacity.hold, -memory)
         BODY_BYTES.set(memory + len(left[0]))

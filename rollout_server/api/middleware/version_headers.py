@@ -18,7 +18,7 @@ from rollout_server.api.responses import error_response
 from rollout_server.api.security.roles import SESSION_KEY
 from rollout_server.engine.proxy import CALL_CONTEXT, CallContext
 from rollout_server.vllm_compat import versions
-from shared.errors import InvalidRequest, LockstepError
+from shared.errors import InternalError, InvalidRequest, LockstepError
 from shared.messages import one_line
 from shared.weights import WeightVersion
 from shared.wire import POLICY_HEADER, VERSION_HEADER
@@ -92,6 +92,8 @@ class VersionHeaderMiddleware:
                 await begin()
             elif events:  # nothing of its route's own comes any more
                 await send({"type": "http.response.body", "body": _event(refused)})
+            if isinstance(refused, InternalError):
+                raise  # for the log
         finally:
             CALL_CONTEXT.reset(token)
 

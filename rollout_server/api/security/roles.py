@@ -118,6 +118,25 @@ def opened_by_session(method: str, path: str, session_id: str) -> str | None:
     return None
 
 
+def meant(method: str, path: str) -> str | None:
+    """Return the path of a route of vLLM, below a session or not, from which this one differs by a `/v1`."""
+    found = _SESSION_PATH.fullmatch(path)
+    session, inner = (path[: found.start(2)], found[2]) if found and found[2] else ("", path)
+    other = inner.removeprefix("/v1") if inner.startswith("/v1/v1/") else f"/v1{inner}"
+    below = (method, other) == ("GET", _MODELS) or (method == "POST" and other in SESSION_CALLS)
+    return session + other if (below if session else (method, other) in VLLM_ROUTES) else None
+
+
+def no_route(method: str, path: str) -> str:
+    """Return what to say where there is no such route."""
+    other = meant(method, path)
+    if other is None:
+        but = "; "
+    else:
+        but = f", but {method} {other}: OpenAI's clients take a base_url with /v1 at its end, Anthropic's one without; "
+    return f"there is no {method} {path} here{but}GET /openapi.json lists this server's own routes, docs/http.md all"
+
+
 def is_vllm_path(path: str, role: Role | None = None) -> bool:
     """Return whether vLLM's app answers at `path`; with `role`, whether on a route that this role opens."""
     return any(pattern.fullmatch(path) and role in (None, needed) for pattern, needed in _VLLM_TABLE)

@@ -8,13 +8,16 @@ import os
 import socket
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
 
+from learner.commands import up_recipe
+from learner.commands.config_file import read_config_file
 from rollout_server import cli, lifecycle
 from rollout_server.settings import ServerSettings
 from rollout_server.vllm_compat import versions
@@ -22,6 +25,7 @@ from rollout_server.vllm_compat.start_errors import report_errors, reported_erro
 from shared.bearer_tokens import TOKEN_VARIABLE
 from shared.errors import EngineDead, InvalidRequest
 from shared.weights import SERVED_RANKS
+from tests.support.tiny_model import make_tiny_model
 
 
 @pytest.fixture
@@ -95,6 +99,15 @@ def test_a_port_in_use_is_one_line_before_vllm_is_imported(run, capsys, tmp_path
     assert error.startswith(f"rollout-server: port {port} is in use")
     assert error.endswith("give another --port [invalid_request]\n")
     assert error.count("\n") == 1
+
+
+def test_flags_are_looked_at_without_a_server(monkeypatch, capsys, tmp_path):
+    model = make_tiny_model(tmp_path, seed=0)
+    monkeypatch.setattr(sys, "argv", ["rollout-server", str(model), "--check", "--served-model-name", '["a", "b"]'])
+    monkeypatch.setattr(logging.getLogger("lockstep"), "handlers", [])
+    monkeypatch.setattr(cli, "_serve", None)
+    cli.main()
+    assert capsys.readouterr().out.endswith(f"rollout-server: these flags fit {model}\n")
 
 
 @pytest.mark.usefixtures("_nothing_slow")
@@ -314,3 +327,83 @@ def test_processes_that_vllm_spawns_import_it_without_collections(tmp_path: Path
     path = os.pathsep.join([str(tmp_path), str(Path(cli.__file__).parents[1])])
     child = [sys.executable, "-c", script]
     assert subprocess.check_output(child, text=True, env={**os.environ, "PYTHONPATH": path}) == said
+
+
+def _parsed(section: str, tmp_path: Path) -> Any:
+    """Return what the real parser makes of a recipe's `server:`."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("server:\n" + textwrap.indent(textwrap.dedent(section), "  "))
+    return cli.parse(["model", *up_recipe._flags(up_recipe._server_section(read_config_file(recipe)["server"]))])[0]
+
+
+def test_flags_of_a_recipe_are_of_every_kind_that_vllm_has(tmp_path: Path) -> None:
+    args = _parsed(
+        """
+        served_model_name: [base, "007"]
+        ignore_patterns: [a b, "*.bin"]
+        cudagraph-capture-sizes: [1, 2, 4]
+        allowed-origins: ["http://localhost:3000"]
+        middleware: [a.b, c.d]
+        device-ids: [2, 3]
+        hf-overrides: {rope_theta: 1e6, architectures: [A]}
+        compilation-config: {mode: 0}
+        default-chat-template-kwargs: {enable_thinking: false}
+        enable-prefix-caching: false
+        enforce_eager: true
+        disable-log-stats: false
+        allow-policy-altering: false
+        max_model_len: 1k
+        seed: null
+        logits-processors: []
+        """,
+        tmp_path,
+    )
+    assert args.served_model_name == ["base", "007"]
+    assert args.ignore_patterns == ["a b", "*.bin"]
+    assert args.cudagraph_capture_sizes == [1, 2, 4]
+    assert args.allowed_origins == ["http://localhost:3000"]
+    assert args.middleware == ["a.b", "c.d"]
+    assert args.device_ids == [2, 3]
+    assert args.hf_overrides == {"rope_theta": 1e6, "architectures": ["A"]}
+    assert args.default_chat_template_kwargs == {"enable_thinking": False}
+    assert (args.enable_prefix_caching, args.enforce_eager, args.disable_log_stats) == (False, True, False)
+    assert args.max_model_len == 1000
+    assert args.logits_processors is None
+
+
+@pytest.mark.parametrize("section", ["device-ids: []", "served-model-name: []", "middleware: []"])
+def test_an_empty_list_in_a_recipe_leaves_a_flag_out(tmp_path: Path, section: str) -> None:
+    assert vars(_parsed(section, tmp_path)) == vars(_parsed("{}", tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("flags", "most"), [([], 32768), (["--max-num-queued-reqs", "8"], 8), (["--max-sequences", "4"], 4)]
+)
+def test_no_request_may_be_larger_than_vllms_queue(flags: list[str], most: int) -> None:
+    """It would be told to ask again, for ever."""
+    assert cli.parse(["model", *flags])[1].max_sequences == most
+
+
+@pytest.mark.parametrize("section", ["no-such: false", "enforce_eager: [true]", "hedless: true"])
+def test_flags_of_a_recipe_that_there_are_not(tmp_path: Path, section: str) -> None:
+    with pytest.raises(InvalidRequest):
+        _parsed(section, tmp_path)
+
+
+@pytest.mark.parametrize(("limit", "most"), [(2, 2), (None, 8)])
+async def test_the_warm_up_keeps_to_vllms_limit(limit: int | None, most: int) -> None:
+    running = [0]
+
+    async def generate(prompt: Any, params: Any, name: str, **_: Any) -> Any:
+        running.append(running[-1] + 1)
+        await asyncio.sleep(0)
+        yield
+        running.append(running[-1] - 1)
+
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(data_parallel_size=2),
+        scheduler_config=SimpleNamespace(max_num_queued_reqs=limit),
+    )
+    await lifecycle._warm_up(SimpleNamespace(generate=generate), config, lora=True)
+    assert max(running) == most
+    assert len(running) == 1 + 2 * 16

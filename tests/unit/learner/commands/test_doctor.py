@@ -6,7 +6,9 @@ import importlib.metadata
 import json
 import re
 import socket
+import subprocess
 from functools import partial
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -234,6 +236,14 @@ def rank_of_an_adapter(setup, tmp_path, monkeypatch):
     setup.options["init_adapter"] = str(tmp_path)
 
 
+def no_such_module(setup, tmp_path, monkeypatch):
+    setup.options["lora_target_modules"] = "q_proj v_porj"
+
+
+def no_module_at_all(setup, tmp_path, monkeypatch):
+    setup.options["lora_target_modules"] = ".*qkv.*"
+
+
 def gpu_not_shared(setup, tmp_path, monkeypatch):
     setup.options["share_gpu"] = "true"
 
@@ -279,6 +289,8 @@ BROKEN = [
     (rank_in_kwargs, "server", "rank 64 is above the server's 16"),
     (rank_in_a_pattern, "server", "rank 64 is above the server's 16"),
     (rank_of_an_adapter, "server", "rank 64 is above the server's 16"),
+    (no_such_module, "adapter", "lora_target_modules: the model has no v_porj; its linear layers are q_proj, "),
+    (no_module_at_all, "adapter", r"lora_target_modules: the model has no \.\*qkv"),
     (gpu_not_shared, "server", "share_gpu: .*start it with --share-gpu"),
     (not_deterministic, "server", "deterministic: .*start it with --deterministic"),
 ]
@@ -385,3 +397,49 @@ def test_a_damaged_index_says_nothing_of_the_memory(tmp_path, monkeypatch, text)
     monkeypatch.setattr(doctor, "visible_gpus", lambda: [Gpu("0", "H200", 2**37, 0)])
     found = [one for one in diagnose(["--model_name_or_path", str(tmp_path)]) if one.about == "GPU"]
     assert [one.level for one in found] == ["ok"]
+
+
+@pytest.fixture
+def recipe(setup, tmp_path, monkeypatch):
+    """A recipe with a `server:`, and what the server's command is to answer: status and last line."""
+    del setup.options["rollout_url"]
+    path = tmp_path / "recipe.yaml"
+    path.write_text("server: {max-num-seqs: 8, gpus: [0], served-model-name: [a, b]}\n")
+    setup.options["config"] = str(path)
+    asked = SimpleNamespace(path=path, answer=(0, ""), command=None)
+
+    def run(command, **_):
+        asked.command = command
+        return subprocess.CompletedProcess(command, asked.answer[0], "", f"more\n{asked.answer[1]}\n")
+
+    monkeypatch.setattr(doctor.subprocess, "run", run)
+    return asked
+
+
+def test_patterns_without_effect_of_an_adapter_that_is_there(setup, tmp_path):
+    """As `learner train` has it."""
+    config = {"peft_type": "LORA", "r": 8, "target_modules": ["q_proj"], "rank_pattern": {"none": 8}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    setup.options["init_adapter"] = str(tmp_path)
+    assert setup.wrong() == []
+
+
+def test_the_server_of_a_recipe_is_asked_about_its_flags(setup, recipe):
+    assert setup.wrong() == []
+    assert recipe.command[3:] == [
+        *("rollout_server.cli", setup.options["model_name_or_path"], "--max-lora-rank", "16", "--max-num-seqs", "8"),
+        *("--served-model-name", '["a", "b"]', "--check"),
+    ]
+    recipe.answer = (2, "rollout-server: there is no --max-num-sesq: did you mean --max-num-seqs? [invalid_request]")
+    assert setup.wrong() == [("server", "server: there is no --max-num-sesq: did you mean --max-num-seqs?")]
+    recipe.path.write_text("server: 5\n")
+    assert setup.wrong() == [("server", "server: write one `flag: value` of rollout-server a line below it")]
+
+
+def test_no_server_is_asked_where_there_is_none_to_start(setup, recipe, monkeypatch):
+    setup.options["rollout_url"] = "http://127.0.0.1:9"
+    assert setup.wrong() == []
+    del setup.options["rollout_url"]
+    monkeypatch.setattr(doctor, "_DISTRIBUTIONS", ())
+    assert setup.wrong() == []
+    assert recipe.command is None

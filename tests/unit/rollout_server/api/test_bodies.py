@@ -82,6 +82,7 @@ async def test_formats_that_vllm_would_ignore() -> None:
         {"best_of": 4, "n": 2},
         {"functions": [{"name": "f"}]},
         {"conversation": {"id": "conv_1"}},
+        {"mcp_servers": [{"type": "url", "url": "http://x", "name": "x"}]},
         {"web_search_options": {"search_context_size": "low"}},
     ],
 )
@@ -89,6 +90,21 @@ async def test_fields_that_vllm_would_ignore(ignored: dict[str, Any]) -> None:
     await check_body(COMPLETIONS, _json(prompt="a", n=2, best_of=2, functions=None, logits_processors=[]))
     with pytest.raises(InvalidRequest, match="would have no effect: send "):
         await check_body(COMPLETIONS, _json(prompt="a", **ignored))
+
+
+@pytest.mark.parametrize(
+    "kind", ["web_search_preview", "file_search", "code_interpreter", "mcp", "web_search_20250305"]
+)
+async def test_tools_that_nothing_would_run(kind: str) -> None:
+    """vLLM answers without them, as agents expect that offer them beside their own."""
+    path = {"path": "/v1/responses"}
+    own = [{"type": "function", "name": "f"}, {"type": "custom", "name": "c"}, {"name": "of Anthropic"}]
+    for tools in (own, None, "none", [1, {"type": 7}]):  # vLLM says what is wrong with these
+        await check_body(path, _json(input="a", tools=tools))
+    with pytest.raises(InvalidRequest, match=f"tools holds '{kind}'.*send a tool of type function"):
+        await check_body(path, _json(input="a", tools=[{"type": kind}, {"type": kind}]))
+    await check_body(path, _json(input="a", tools=[*own, {"type": kind}]))
+    await check_body(path, _json(input="a", tools=[{"type": kind}]), tool_server=True)
 
 
 @pytest.mark.parametrize("name", ["kv_transfer_params", "ec_transfer_params"])

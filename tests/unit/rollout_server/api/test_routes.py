@@ -172,11 +172,12 @@ async def test_what_is_not_there_below_vllms_paths_has_our_body(
     assert ErrorBody.model_validate(answer.json()).error.code == code
 
 
+@pytest.mark.parametrize("below", ["", "/v1/sessions/none"])
 @pytest.mark.parametrize("path", ["/chat/completions", "/v1/v1/messages"])
-async def test_a_base_url_with_or_without_the_version(client: httpx.AsyncClient, path: str) -> None:
-    answer = await client.post(path, json={})
+async def test_a_base_url_with_or_without_the_version(client: httpx.AsyncClient, below: str, path: str) -> None:
+    answer = await client.post(below + path, json={})
     assert answer.status_code == 404
-    assert f"POST /v1{path.removeprefix('/v1/v1')} " in answer.json()["error"]["message"].replace(";", " ")
+    assert f"POST {below}/v1{path.removeprefix('/v1/v1')}: " in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

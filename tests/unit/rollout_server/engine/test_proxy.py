@@ -12,20 +12,26 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fastapi import HTTPException
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
-from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from rollout_server.engine.capacity import BODY_BYTES, Capacity
 from rollout_server.engine.proxy import CALL_CONTEXT, CallContext, EngineProxy
 from rollout_server.runs.slots import SlotState
 from rollout_server.runs.table import RunTable
 from rollout_server.settings import ServerSettings
-from shared.errors import EngineDead, ErrorCode, LockstepError
+from rollout_server.vllm_compat import versions
+from shared.errors import EngineDead, ErrorCode, InvalidRequest, LockstepError, Overloaded
 from shared.rollouts import GenerateRequest, PolicyRequest
 from shared.weights import WeightVersion
 from tests.support.runs import open_run
+
+HttpError: Any = type(versions.http_error(400, ""))
+
+
+def _status(error: Any) -> int:
+    return int(getattr(error, "http_status", None) or error.status_code)
 
 
 class _Engine:
@@ -105,11 +111,11 @@ async def test_openai_requests_count_their_sequences(served) -> None:
     stream = served.proxy.generate({"prompt_token_ids": [1]}, SimpleNamespace(n=4), "a")
     assert (await anext(stream)).index == 0
     for n, status in ((2, 429), (6, 413)):
-        with pytest.raises(HTTPException) as refusal:
+        with pytest.raises(HttpError) as refusal:
             await anext(served.proxy.generate({"prompt_token_ids": [1]}, SimpleNamespace(n=n), "b"))
-        assert refusal.value.status_code == status
+        assert _status(refusal.value) == status
     unknown = served.proxy.generate({"prompt_token_ids": [1]}, None, "c", lora_request=_openai("policy:nobody"))
-    with pytest.raises(HTTPException):
+    with pytest.raises(HttpError):
         await anext(unknown)
     assert served.proxy.capacity.sequences == 4
     await stream.aclose()
@@ -123,9 +129,9 @@ async def test_prompts_of_one_call_that_could_never_run_together(served) -> None
     try:
         streams = [served.proxy.generate({"prompt_token_ids": [1]}, SimpleNamespace(n=3), name) for name in "ab"]
         assert (await anext(streams[0])).index == 0
-        with pytest.raises(HTTPException, match="--max-sequences 5") as refusal:
+        with pytest.raises(HttpError, match="--max-sequences 5") as refusal:
             await anext(streams[1])
-        assert refusal.value.status_code == 413
+        assert _status(refusal.value) == 413
         await streams[0].aclose()
         later = served.proxy.generate({"prompt_token_ids": [1]}, SimpleNamespace(n=5), "c")  # one after the other
         assert (await anext(later)).index == 0
@@ -144,9 +150,22 @@ async def test_a_dead_engine_is_an_error_that_both_sides_know(served) -> None:
     with pytest.raises(LockstepError) as ours, served.proxy.admit(PolicyRequest()) as admission:
         await anext(admission.generate({"prompt_token_ids": [1]}, None, "a"))
     assert ours.value.code is ErrorCode.ENGINE_DEAD
-    with pytest.raises(HTTPException) as theirs:
+    with pytest.raises(HttpError) as theirs:
         await anext(served.proxy.generate({"prompt_token_ids": [1]}, None, "b"))
-    assert theirs.value.status_code == 503
+    assert _status(theirs.value) == 503
+
+
+@pytest.mark.parametrize(("errored", "raised"), [(False, InvalidRequest), (True, EngineGenerateError)])
+async def test_an_engine_that_is_dead_has_refused_nothing(served, errored: bool, raised: type[Exception]) -> None:
+    """Its last error may be of the kind with which it refuses requests, and all that run get it."""
+
+    async def fail(*args: Any, **kwargs: Any) -> Any:
+        raise EngineGenerateError from ValueError("of the output handler")
+        yield
+
+    served.engine.generate, served.engine.errored = fail, errored
+    with pytest.raises(raised), served.proxy.admit(PolicyRequest()) as admission:
+        await anext(admission.generate({"prompt_token_ids": [1]}, None, "a"))
 
 
 async def test_the_reason_of_a_death_is_the_servers_and_the_engines(served, monkeypatch) -> None:
@@ -240,9 +259,9 @@ async def test_a_completion_that_the_engine_gave_up_is_a_bad_request(served) -> 
         yield SimpleNamespace(outputs=[SimpleNamespace(finish_reason="error")])
 
     served.engine.generate = give_up
-    with pytest.raises(HTTPException) as refusal:
+    with pytest.raises(HttpError) as refusal:
         _ = [o async for o in served.proxy.generate({"prompt_token_ids": [1]}, None, "a", lora_request=None)]
-    assert refusal.value.status_code == 400
+    assert _status(refusal.value) == 400
 
 
 async def test_whoever_waits_for_a_step_holds_no_room(served) -> None:
@@ -318,9 +337,9 @@ async def test_whoever_waited_counts_when_it_goes_on(served, others: str) -> Non
 @pytest.mark.parametrize("form", [{"json": {"maxItems": 10**6}}, {"structural_tag": '{"pattern": "a{100000}"}'}])
 async def test_formats_that_vllms_routes_have_made_are_bounded_too(served, form: dict[str, Any]) -> None:
     params = SamplingParams(structured_outputs=StructuredOutputsParams(**form))
-    with pytest.raises(HTTPException, match="too large to be compiled") as refusal:
+    with pytest.raises(HttpError, match="too large to be compiled") as refusal:
         await anext(served.proxy.generate({"prompt_token_ids": [1]}, params, "x"))
-    assert refusal.value.status_code == 400
+    assert _status(refusal.value) == 400
     assert not served.engine.calls
 
 
@@ -338,3 +357,37 @@ async def test_a_probe_that_changes_no_batch(served) -> None:
     await asyncio.sleep(0.01)
     assert not served.engine.calls
     assert served.proxy.outputs == 1
+
+
+@pytest.mark.parametrize("error", versions.overload_errors())
+async def test_vllms_limits_are_ours_wherever_they_are_found(served, error: Any) -> None:
+    """Its routes look at them before they prepare a request, its engine once more afterwards."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    async def refuse_later(*args: Any, **kwargs: Any) -> Any:
+        raise error
+        yield
+
+    served.engine.check_admission, served.engine.generate = refuse, refuse_later
+    for ask in (
+        lambda: served.proxy.check_admission(3),
+        lambda: anext(served.proxy.generate({"prompt_token_ids": [1]}, None, "a")),
+    ):
+        call = CallContext()
+        token = CALL_CONTEXT.set(call)
+        with pytest.raises(HttpError) as refusal:
+            await ask()  # type: ignore[misc]
+        CALL_CONTEXT.reset(token)
+        assert _status(refusal.value) == 429
+        assert isinstance(call.refusal, Overloaded)
+        assert "--max-num-queued-reqs" in call.refusal.message
+    assert served.proxy.capacity.sequences == 0
+
+
+async def test_more_sequences_than_there_may_ever_be_are_too_many_at_once(served) -> None:
+    """vLLM's own limit would say: ask again."""
+    with pytest.raises(HttpError, match="--max-sequences") as refusal:
+        served.proxy.check_admission(served.proxy.capacity._settings.max_sequences + 1)
+    assert _status(refusal.value) == 413

@@ -15,7 +15,8 @@ from rollout_server.engine.exclusive import Exclusive
 from rollout_server.engine.proxy import EngineProxy
 from rollout_server.generation import requests
 from rollout_server.runs.table import RunTable
-from shared.errors import ErrorCode, InvalidRequest, LockstepError, UnknownRun
+from rollout_server.vllm_compat import versions
+from shared.errors import ErrorCode, InvalidRequest, LockstepError, Overloaded, UnknownRun
 from shared.rollouts import GenerateRequest, RolloutGroup
 
 
@@ -95,6 +96,7 @@ async def test_a_refusal_comes_before_the_first_line(work: _Work) -> None:
 async def test_a_failure_ends_the_stream_and_its_other_groups(work: _Work, monkeypatch: pytest.MonkeyPatch) -> None:
     async def fail(index: int) -> RolloutGroup:
         if index == 1:
+            await asyncio.sleep(0.02)
             raise UnknownRun("gone")
         return await _Work._group(work, index)
 
@@ -173,6 +175,23 @@ async def test_nothing_more_is_submitted_for_a_request_that_has_failed() -> None
     with pytest.raises(UnknownRun, match="refused by the engine"):
         await _in_order(requests.generate(body, proxy, Exclusive(proxy, enabled=False)))
     assert len(submitted) < 10
+    assert proxy.capacity.sequences == 0
+
+
+@pytest.mark.skipif(not versions.overload_errors(), reason="a vLLM without limits of its own")
+@pytest.mark.parametrize("index", [0, 2])
+async def test_what_the_engine_refuses_at_once_comes_before_the_first_line(index: int) -> None:
+    async def generate(prompt: Any, params: Any, request_id: str, **kwargs: Any) -> Any:
+        if prompt["prompt_token_ids"] == [index]:
+            raise versions.overload_errors()[0]
+        await asyncio.Event().wait()
+        yield
+
+    model = SimpleNamespace(max_model_len=64, get_vocab_size=lambda: 10**6)
+    proxy = EngineProxy(SimpleNamespace(generate=generate, errored=False, model_config=model), RunTable(2, 1))
+    body = GenerateRequest.model_validate({"prompts": [{"token_ids": [i]} for i in range(3)], "policy": "base"})
+    with pytest.raises(Overloaded, match="--max-num-queued-reqs"):
+        await anext(requests.generate(body, proxy, Exclusive(proxy, enabled=False)))
     assert proxy.capacity.sequences == 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 from fastapi import HTTPException
 
@@ -58,6 +59,8 @@ def test_a_refused_stream_leaves_no_line() -> None:
         ):
             _streamed(logger, failure)
         _mistaken(logger)
+        for code in (404, 500):
+            logger.error("Error with model %s", SimpleNamespace(error=SimpleNamespace(code=code)))
         logger.info("all is well")
     finally:
         logger.removeHandler(kept)
@@ -66,5 +69,6 @@ def test_a_refused_stream_leaves_no_line() -> None:
         "gone [engine_dead]",
         "a mistake",
         "'a mistake of its own'",
+        "Error with model %s",
         "all is well",
     ]

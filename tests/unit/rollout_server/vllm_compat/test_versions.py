@@ -9,12 +9,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from vllm import SamplingParams
 from vllm.tokenizers import hf
 from vllm.v1.engine.logprobs import LogprobsProcessor
 
 from rollout_server.generation.tokenization import tokenize
-from rollout_server.vllm_compat.versions import copy_tokenizer, leave_flat_logprobs_without_text
+from rollout_server.vllm_compat.versions import (
+    begun_blocks,
+    copy_tokenizer,
+    leave_flat_logprobs_without_text,
+    zero_begun_blocks,
+)
 from shared.rollouts import Prompt
 from tests.support.tiny_model import make_tiny_tokenizer
 
@@ -73,3 +79,26 @@ def test_flat_logprobs_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made(logprobs=3, flat_logprobs=True).tokenizer is tokenizer
     assert made(logprobs=0).tokenizer is tokenizer
     assert made().tokenizer is tokenizer
+
+
+def test_a_block_is_clean_when_a_sequence_begins_it() -> None:
+    """Padding (-1) and blocks that a sequence goes on with are left alone."""
+
+    class Attention:
+        def do_kv_cache_update(self, layer: Any, key: Any, value: Any, kv_cache: Any, slot_mapping: Any) -> None:
+            for slot in slot_mapping[slot_mapping >= 0].tolist():
+                kv_cache[slot // 16, :, slot % 16] = 1.0
+
+    zero_begun_blocks(Attention)
+    kv_cache = torch.full((6, 2, 16, 8), torch.nan)  # [blocks, heads, tokens, width]
+    Attention().do_kv_cache_update(None, None, None, kv_cache, torch.tensor([32, 33, 5 * 16 + 3, 64, -1, -1]))
+    finite = [int(block.isfinite().sum()) for block in kv_cache]
+    slot = kv_cache[0, :, 0].numel()
+    assert finite == [0, 0, 16 * slot, 0, 16 * slot, slot]
+    assert [int(kv_cache[block].sum()) for block in (2, 4)] == [2 * slot, slot]
+
+
+def test_cuda_graphs_have_as_many_blocks_as_slots() -> None:
+    slots = torch.tensor([32, 33, 5 * 16 + 3, 64, -1, -1])
+    assert begun_blocks(slots, 16, fixed=False).tolist() == [2, 4]
+    assert begun_blocks(slots, 16, fixed=True).tolist() == [2, 0, 0, 4, 0, 0]

@@ -283,6 +283,25 @@ async def test_calls_go_on_with_the_path_of_vllm() -> None:
     assert await opened.ask("POST", f"{session.path}/chat/completions") == 401
 
 
+@pytest.mark.parametrize(
+    ("method", "path"), [("POST", "/chat/completions"), ("GET", "/models"), ("POST", "/v1/v1/messages")]
+)
+async def test_a_base_url_with_or_without_the_version(method: str, path: str) -> None:
+    """Neither is a matter of the token."""
+    opened = _Opened()
+    own, other = await opened.open(), await opened.open()
+    for below in ("", own.path.removesuffix("/v1")):
+        for held in (own.token, HELD[Role.GENERATE]):
+            answer = await opened.client.request(method, below + path, headers={"Authorization": f"Bearer {held}"})
+            assert answer.status_code == 404
+            assert f"but {method} {below}/v1{path.removeprefix('/v1/v1')}: " in answer.json()["error"]["message"]
+        assert await opened.ask(method, below + path, HELD[Role.METRICS]) == 403
+        assert await opened.ask(method, below + path) == 401
+    assert await opened.ask(method, other.path.removesuffix("/v1") + path, own.token) == 403
+    assert await opened.ask("POST", "/collective_rpc", own.token) == 403
+    assert not opened.scopes
+
+
 async def test_clients_of_anthropic_send_the_token_in_a_header_of_their_own() -> None:
     opened = _Opened()
     session = await opened.open()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,7 @@ from rollout_server.engine.proxy import CALL_CONTEXT, EngineProxy
 from rollout_server.runs.table import RunTable
 from rollout_server.settings import ServerSettings
 from rollout_server.vllm_compat import versions
-from shared.errors import SessionEnded
+from shared.errors import InternalError, SessionEnded
 from shared.weights import WeightVersion
 from tests.support.runs import open_run
 
@@ -125,9 +126,10 @@ async def test_events_before_the_first_output_are_not_lost(served) -> None:
 
 
 @pytest.mark.parametrize("kind", ["stream", "early"])
-async def test_what_vllm_refuses_is_an_error_in_streams_too(served, kind: str, monkeypatch) -> None:
+@pytest.mark.parametrize("error", [versions.own_refusals()[0], ValueError])  # the latter in earlier versions
+async def test_what_vllm_refuses_is_an_error_in_streams_too(served, kind: str, error: Any, monkeypatch) -> None:
     async def refuse(*args, **kwargs):
-        raise versions.own_refusals()[0]("no such token")
+        raise error("no such token")
         yield
 
     monkeypatch.setattr(_Engine, "generate", refuse)
@@ -135,6 +137,48 @@ async def test_what_vllm_refuses_is_an_error_in_streams_too(served, kind: str, m
     assert answer.status_code == 400
     assert "no such token" in answer.json()["error"]["message"]
     assert served.run.active.requests == 0
+
+
+def _wrapped(error: Exception) -> Exception:
+    """As AsyncLLM raises what is no class of vLLM's own."""
+    from vllm.v1.engine.exceptions import EngineGenerateError
+
+    wrapped = EngineGenerateError()
+    wrapped.__cause__ = error
+    return wrapped
+
+
+@pytest.mark.parametrize("kind", ["stream", "early"])
+async def test_errors_before_the_first_token_have_their_status_in_streams(served, kind: str, monkeypatch) -> None:
+    busy = [error() for error in versions.overload_errors()]
+    cases = [(error, 429, "overloaded", "--max-num-queued") for error in busy]
+    cases.append((_wrapped(ValueError("no such form")), 400, "invalid_request", "no such form"))
+    cases.append((_wrapped(KeyError("of vLLM")), 500, "internal_error", "KeyError: 'of vLLM'"))
+    for error, status, code, text in cases:
+
+        async def fail(*args, error=error, **kwargs):
+            raise error
+            yield
+
+        monkeypatch.setattr(_Engine, "generate", fail)
+        with pytest.raises(type(error)) if kind == "early" and status == 500 else nullcontext():
+            answer = await served.client.post(f"/{kind}/policy")
+            assert answer.status_code == status, error
+            assert answer.json()["error"]["code"] == code
+            assert text in answer.json()["error"]["message"]
+        assert served.run.active.requests == 0
+
+
+async def test_what_nobody_has_foreseen_is_answered_and_raised_for_the_log() -> None:
+    sent: list[Any] = []
+
+    async def fail(scope: Any, receive: Any, send: Any) -> None:
+        CALL_CONTEXT.get().rejection = InternalError("the engine failed")  # type: ignore[union-attr]
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        await _sent(fail, "POST", sent)
+    assert [message.get("status") for message in sent] == [500, None]
 
 
 async def test_a_stream_of_events_that_a_route_breaks_off_ends_with_an_error(served, monkeypatch) -> None:
