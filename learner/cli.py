@@ -5,6 +5,7 @@ A command is imported only when it is called: `up`, `init`, `status`, `runs`, `e
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -14,7 +15,7 @@ from importlib.metadata import version
 
 from learner.utils.processes import Stopped
 from learner.utils.wording import speak_of_flags
-from shared.errors import ErrorCode, LockstepError
+from shared.errors import ErrorCode, InvalidRequest, LockstepError
 from shared.messages import did_you_mean, one_line
 
 COMMANDS = {
@@ -62,10 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (LockstepError, OSError) as error:  # OSError: a full disk, a path that cannot be written
         if os.environ.get("LOCKSTEP_TRACEBACK"):
             raise
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # what only an option can be
+            error = InvalidRequest(f"{error.filename!r:.80}... is too long for a file's name")
         print(f"learner {argv[0]}: {one_line(error)}", file=sys.stderr)
         return EXIT_USAGE if getattr(error, "code", None) in _OF_OPTIONS else EXIT_FAILED
-    except KeyboardInterrupt:
-        print(f"learner {argv[0]}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"learner {argv[0]}: interrupted{': ' * bool(interrupt.args)}{interrupt}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Stopped as stopped:
         print(f"learner {argv[0]}: stopped by {stopped}", file=sys.stderr)

@@ -32,10 +32,12 @@ from learner.servers.pool import ServerPool, serve_base
 from learner.servers.replica import Replica
 from learner.step_metrics import Proven, StepMetrics, StepReport
 from learner.sync.canary import CanaryResult, KeptCanary, show_canary
+from learner.sync.evidence import Share
 from learner.sync.gpu_sharing import GpuSharing
 from learner.sync.probe import SeenText, make_probe
 from learner.sync.proof import SyncProof
 from learner.sync.publisher import Publisher
+from learner.sync.tolerance import Measurement
 from learner.utils.waits import waiting
 from shared.errors import (
     ErrorDetail,
@@ -45,6 +47,7 @@ from shared.errors import (
     UnsupportedAdapter,
     VersionNotActive,
 )
+from shared.messages import one_line
 from shared.sampling import SamplingParams
 from shared.weights import ServerState, WeightVersion
 
@@ -199,22 +202,42 @@ class Session:
         return step <= 2 or step == self.trainer.max_steps or (every > 0 and step % every == 0)
 
     def after_step(self) -> StepReport:
-        """Push the step that was just made until it is served; prove it where that is due. Collective."""
+        """Push the step that was just made until it is served; prove it where that is due. Collective.
+
+        Raises:
+            LockstepError: it is not served, or not proven; the step has been reported with the error.
+        """
         step, steps = self.trainer.step, self.trainer.max_steps
-        with waiting(f"the push of step {step}, and the proof of it"):
-            self.yield_gpu()
-            receipt, proven = self.publisher.push(step), None
-            if self.proof and self._proof_is_due(step):
-                proven = self._proven(self.proof, receipt.version)
-            if self.proof and self._proof_is_due(step + 1):
-                self.proof.keep_step()
-            if step >= steps // 2:
-                self._show_canary_again()
+        try:
+            with waiting(f"the push of step {step}, and the proof of it"):
+                self.yield_gpu()
+                receipt, proven = self.publisher.push(step), None
+                if self.proof and self._proof_is_due(step):
+                    proven = self._proven(self.proof, receipt.version)
+                if self.proof and self._proof_is_due(step + 1):
+                    self.proof.keep_step()
+                if step >= steps // 2:
+                    self._show_canary_again()
+        except Exception as error:
+            self._fail_step(step, error)
+            raise
         return self.metrics.end_step(
             push_seconds=self.publisher.seconds[-1],
             receipt=receipt,
             proven=proven,
             update_lost=self.rounded.last_lost() if self.rounded else None,
+        )
+
+    def _fail_step(self, step: int, error: Exception) -> None:
+        """Report a step with which the training ends, as far as it went."""
+        last, measured = self.publisher.last, self.proof.last if self.proof else None
+        receipt = last if last and last.version == self.publisher.version(step) else None
+        found = measured if receipt and measured and measured.version == receipt.version else None
+        self.metrics.end_step(
+            push_seconds=self.publisher.seconds[-1] if receipt else 0.0,
+            receipt=receipt,
+            proven=_proven(found) if found else None,
+            error=one_line(error),
         )
 
     def push_loaded(self) -> None:
@@ -228,16 +251,7 @@ class Session:
 
     def _proven(self, proof: SyncProof, version: WeightVersion) -> Proven:
         started = time.perf_counter()
-        worst = proof.check(version)
-        return Proven(
-            logprob_gap=worst.max_mismatch,
-            logprob_gap_mean=worst.mean_mismatch,
-            logprob_gap_rms=worst.rms_mismatch,
-            logprob_gap_p99=worst.p99_mismatch,
-            step_share=proof.step_share.value if proof.step_share else None,
-            step_share_error=proof.step_share.error if proof.step_share else None,
-            proof_seconds=time.perf_counter() - started,
-        )
+        return _proven(proof.check(version), proof.step_share, time.perf_counter() - started)
 
     def _show_canary_again(self) -> None:
         """Show the canary a second time, to servers that have room for it, halfway through the training. Collective."""
@@ -382,6 +396,18 @@ def _relays(config: LearnerConfig) -> Relays | None:
     """Return the relays of servers on a Ray cluster; None without one."""
     names = [url.removeprefix(RAY) for url in config.rollout_url or () if url.startswith(RAY)]
     return Relays(names[0], config.ca_file) if names else None
+
+
+def _proven(worst: Measurement, share: Share | None = None, seconds: float | None = None) -> Proven:
+    return Proven(
+        logprob_gap=worst.max_mismatch,
+        logprob_gap_mean=worst.mean_mismatch,
+        logprob_gap_rms=worst.rms_mismatch,
+        logprob_gap_p99=worst.p99_mismatch,
+        step_share=share.value if share else None,
+        step_share_error=share.error if share else None,
+        proof_seconds=seconds,
+    )
 
 
 def prompt_seed(base: int, *place: int | str) -> int:

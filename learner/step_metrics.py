@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 
 from learner.rollouts.generation import RemoteRollouts
 from learner.rollouts.mismatch import Mismatch
+from learner.run_dir.files import finite
 from shared.weights import PushReceipt
 
 logger = logging.getLogger("lockstep.metrics")
@@ -44,7 +45,7 @@ class Proven:
     Attributes:
         logprob_gap: largest |served - own|; with its mean (signed), rms and 99th percentile.
         step_share: least share of the last step that a server serves, and its standard error; None: not known.
-        proof_seconds: that the proof took.
+        proof_seconds: that the proof took; None: it failed.
     """
 
     logprob_gap: float
@@ -53,7 +54,7 @@ class Proven:
     logprob_gap_p99: float
     step_share: float | None
     step_share_error: float | None
-    proof_seconds: float
+    proof_seconds: float | None
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class StepReport:
         servers_up, servers: rollout servers that serve the present version, and all that are known.
         pause_seconds: for which no request of the slowest server was decoding because of the push.
         update_lost: part of the step lost by rounding, see `learner.adapters.rounding`; None where nothing is rounded.
+        error: why the training ended with this step, which was not pushed, or not proven.
     """
 
     step: int
@@ -98,6 +100,7 @@ class StepReport:
     flops_utilisation: float | None = None
     update_lost: float | None = None
     proven: Proven | None = None
+    error: str | None = None
 
     @property
     def train_seconds(self) -> float:
@@ -136,10 +139,16 @@ class StepMetrics:
         self._reward_waited = rewards.wait_seconds if rewards else 0.0
 
     def end_step(
-        self, *, push_seconds: float, receipt: PushReceipt, proven: Proven | None, update_lost: float | None
+        self,
+        *,
+        push_seconds: float,
+        receipt: PushReceipt | None,
+        proven: Proven | None,
+        update_lost: float | None = None,
+        error: str | None = None,
     ) -> StepReport:
-        """Report, log and count a step that has ended with a push."""
-        self.pushes += 1
+        """Report, log and count a step that has ended with a push, or the training with an error."""
+        self.pushes += receipt is not None
         stats, trainer = self._rollouts.stats, self._trainer
         rewards, prefetcher = self._rollouts.rewards, self._rollouts.prefetcher
         seconds = time.perf_counter() - self._started
@@ -158,8 +167,8 @@ class StepMetrics:
             wait_seconds=waited,
             idle_seconds=max(seconds - (prefetcher.busy_seconds - self._busy), 0.0) if prefetcher else None,
             push_seconds=push_seconds,
-            push_bytes=receipt.bytes,
-            pause_seconds=receipt.pause_seconds,
+            push_bytes=receipt.bytes if receipt else 0,
+            pause_seconds=receipt.pause_seconds if receipt else 0.0,
             rollout_tokens_per_second=stats.last_tokens / max(stats.last_seconds, 1e-9),
             logprob_gap=proven.logprob_gap if proven else None,
             proven=proven,
@@ -171,6 +180,7 @@ class StepMetrics:
             train_tokens_per_second=speed,
             flops_utilisation=trainer.utilisation(speed),
             update_lost=update_lost,
+            error=error,
         )
         self.restart_clock()
         self._log(report)
@@ -247,7 +257,7 @@ class StepMetrics:
             **{name: sum(counts[name] for _, counts in ranks) for name in local},
             "wait_seconds": stats.wait_seconds,
             "max_logprob_gap_rms": max((p.logprob_gap_rms for p in proofs), default=None),
-            "proof_seconds": sum(p.proof_seconds for p in proofs),
+            "proof_seconds": sum(p.proof_seconds or 0.0 for p in proofs),
             "max_drift_kl": max((m.kl for m in mismatches), default=None),
             "max_drift_clipped": max((m.clipped for m in mismatches), default=None),
             "min_effective_sample_size": min((m.effective_sample_size for m in mismatches), default=None),
@@ -256,6 +266,6 @@ class StepMetrics:
         }
 
     def _latest(self, metric: str, field: str) -> float | None:
-        """Return TRL's latest value, or that of the step before where the generation batch is being reused."""
+        """Return TRL's latest value, None for NaN; that of the step before where the generation batch is reused."""
         value = self._trainer.latest(metric)
-        return getattr(self.reports[-1], field) if value is None and self.reports else value
+        return getattr(self.reports[-1], field) if value is None and self.reports else finite(value)

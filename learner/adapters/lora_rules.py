@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import fields
@@ -49,6 +50,9 @@ def check_lora(config: LoraConfig | None) -> None:
     for name, instead in REFUSED_LORA_FIELDS.items():
         if getattr(config, name, None):
             raise UnsupportedAdapter(f"{name}={getattr(config, name)!r}: {instead}")
+    for where, alpha in (("lora_alpha", config.lora_alpha), *(config.alpha_pattern or {}).items()):
+        if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            raise UnsupportedAdapter(f"{where} {alpha!r}: give a finite number")
     init = config.init_lora_weights
     if init not in PLAIN_INITS:
         raise UnsupportedAdapter(
@@ -59,6 +63,17 @@ def check_lora(config: LoraConfig | None) -> None:
     for f in fields(config):
         if f.metadata.get("is_lora_variant") and getattr(config, f.name):
             raise UnsupportedAdapter(f"{f.name}: this variant of LoRA cannot be served; leave it out")
+
+
+def unused_patterns(config: LoraConfig, module_names: Iterable[str]) -> list[str]:
+    """Return, one line each, which names of rank_pattern and alpha_pattern are of none of the adapted modules."""
+    names, found = list(module_names), []
+    for field, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        for key in pattern or {}:
+            if not any(re.match(rf"(.*\.)?({key})$", name) for name in names):  # as PEFT compares
+                kinds = dict.fromkeys(name.rpartition(".")[2] for name in names)
+                found.append(f"{field}: no adapted layer is called {key!r}; there are {', '.join(kinds)}")
+    return found
 
 
 def check_rank(config: LoraConfig, state: ServerState) -> None:

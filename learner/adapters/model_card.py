@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,21 @@ _LOAD_ADAPTER = """```python
 from peft import PeftModel
 from transformers import {auto}
 
-model = PeftModel.from_pretrained({auto}.from_pretrained("{base}"), "THIS_DIRECTORY")
+model = PeftModel.from_pretrained({auto}.from_pretrained("{base}"{arguments}), "THIS_DIRECTORY")
 ```
 
 ```bash
-vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules policy=THIS_DIRECTORY
+vllm serve {base}{flags} --enable-lora --max-lora-rank {rank} --lora-modules policy=THIS_DIRECTORY
 ```"""
 _LOAD_MERGED = """```python
 from transformers import {auto}, {auto_processor}
 
-model = {auto}.from_pretrained("THIS_DIRECTORY", dtype="{dtype}")
-{processor} = {auto_processor}.from_pretrained("THIS_DIRECTORY")
+model = {auto}.from_pretrained("THIS_DIRECTORY", dtype="{dtype}"{arguments})
+{processor} = {auto_processor}.from_pretrained("THIS_DIRECTORY"{arguments})
 ```
 
 ```bash
-vllm serve THIS_DIRECTORY
+vllm serve THIS_DIRECTORY{flags}
 ```"""
 
 
@@ -74,13 +75,28 @@ def model_card(adapter: StoredAdapter, folder: Path, dtype: str | None) -> str:
     rank = max(module.rank for module in adapter.modules.values())
     served = served_rank(rank) if rank <= SERVED_RANKS[-1] else rank
     auto = "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"
-    loading = _LOAD_ADAPTER.format(auto=auto, base=base, rank=served)
+    options = _loading_options(
+        adapter, folder if dtype else Path(base), None if dtype else adapter.config.get("revision")
+    )
+    loading = _LOAD_ADAPTER.format(auto=auto, base=base, rank=served, **options)
     if dtype:
         processor = "processor" if any((folder / name).is_file() for name in PROCESSOR_FILES) else "tokenizer"
         loading = _LOAD_MERGED.format(
-            auto=auto, dtype=dtype, processor=processor, auto_processor=f"Auto{processor.capitalize()}"
+            auto=auto, dtype=dtype, processor=processor, auto_processor=f"Auto{processor.capitalize()}", **options
         )
     return "\n\n".join([*parts, "## Load it", loading]) + "\n"
+
+
+def _loading_options(adapter: StoredAdapter, model: Path, revision: str | None) -> dict[str, str]:
+    """Return the options that loading a model needs: `arguments` in Python, `flags` of vLLM."""
+    has_code = bool(adapter.run.get("trust_remote_code"))
+    with suppress(OSError, ValueError):  # it may be on the hub
+        has_code |= "auto_map" in json.loads((model / "config.json").read_text())
+    arguments = f', revision="{revision}"' if revision else ""
+    flags = f" --revision {revision}" if revision else ""
+    if has_code:
+        arguments, flags = arguments + ", trust_remote_code=True", flags + " --trust-remote-code"
+    return {"arguments": arguments, "flags": flags}
 
 
 def _facts(adapter: StoredAdapter, base: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from learner.adapters.lora_rules import PLAIN_INITS, REFUSED_LORA_FIELDS
 from learner.run_dir.checkpoint import ADAPTER_FILES, last_checkpoint, load_state
 from learner.run_dir.files import EVALS_FILE, FINAL_ADAPTER, SUMMARY_FILE
+from learner.utils.hub import hub_error
 from shared.adapter_file import DTYPES, LORA_A, LORA_B
 from shared.errors import InvalidRequest, MalformedAdapter, NotFinite, UnsupportedAdapter
 from shared.model_files import NOT_LOADED
@@ -155,7 +156,7 @@ def find_adapter(path: str | Path) -> Path:
 def fetch_base(name: str, revision: str | None = None) -> Path:
     """Return the directory of a base model: `name`, or the hub's repository (cached or downloaded).
 
-    Raises `invalid_request` if there is neither.
+    Raises `invalid_request` if there is neither, `ConnectionError` if the hub cannot be reached.
     """
     if Path(name).is_dir():
         return Path(name)
@@ -166,9 +167,10 @@ def fetch_base(name: str, revision: str | None = None) -> Path:
         patterns = ["*.safetensors", "*.json", "*.jinja", "*.py", *TOKENIZER_FILES]
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=[*NOT_LOADED]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise InvalidRequest(
+        raise hub_error(
             f"the base model {name!r} is not a directory here and cannot be downloaded from the hub "
-            f"({str(error).splitlines()[0]}); name it with --model_name_or_path"
+            f"({str(error).splitlines()[0]}); name it with --model_name_or_path",
+            error,
         ) from error
 
 

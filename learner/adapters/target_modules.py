@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from learner.adapters.lora_rules import check_targets, is_of_experts, outside_language_model
+from learner.adapters.lora_rules import check_targets, is_of_experts, outside_language_model, unused_patterns
 from shared.errors import InvalidRequest
 from shared.messages import one_line
 from shared.module_names import encoders
@@ -34,13 +34,16 @@ def model_class(model_config: Any) -> Any:
     return getattr(transformers, name, AutoModelForCausalLM)
 
 
-def check_target_modules(lora: LoraConfig, model_config: Any, *, trust_remote_code: bool = False) -> LoraConfig:
+def check_target_modules(
+    lora: LoraConfig, model_config: Any, *, trust_remote_code: bool = False, is_given: bool = False
+) -> LoraConfig:
     """Refuse target modules that the model does not have, and settings that PEFT refuses: `invalid_request`.
 
     Raises `unsupported_adapter` for experts, routers and encoders.
 
     Args:
         model_config: of transformers; a model is built of it on the meta device.
+        is_given: the settings are those of an adapter that is there already, which may have patterns without effect.
 
     Returns:
         The settings. Where the model has encoders of images or sound, `exclude_modules` takes out all but the language
@@ -90,6 +93,8 @@ def check_target_modules(lora: LoraConfig, model_config: Any, *, trust_remote_co
         if experts:  # PEFT takes names for theirs that are so in files only, also where other layers have them
             reason += f"; name layers outside MLPs, whose names PEFT may take for the experts': {', '.join(linears)}"
         raise InvalidRequest(f"the LoRA settings do not fit the model: {reason}") from error
+    if not is_given and (unused := unused_patterns(lora, adapted)):
+        raise InvalidRequest(f"lora_kwargs.{unused[0]}")
     check_targets(adapted, mixture_of_experts=True)
     return lora
 

@@ -43,6 +43,7 @@ def number(
     most: float = math.inf,
     *,
     above: float = -math.inf,
+    may_be_infinite: bool = False,
 ) -> Callable[[str], float]:
     """Return a `type` of argparse for numbers from `least` to `most`, more than `above`; NaN is none."""
 
@@ -53,6 +54,8 @@ def number(
             value = math.nan
         if math.isnan(value):
             raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number")
+        if math.isinf(value) and not may_be_infinite:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
         if not (least <= value <= most and value > above):
             bounds = [f"at least {least:g}"] if least > -math.inf else []
             bounds += [f"more than {above:g}"] if above > -math.inf else []

@@ -18,6 +18,7 @@ from learner.commands.config_file import read_config_file
 from learner.commands.flags import Parser, dtype_name, is_none, number, without_usage
 from learner.config import LearnerConfig
 from learner.foreign_options import unknown_option
+from learner.trainer.checks import MAY_BE_INFINITE
 from shared.errors import InvalidRequest
 from shared.messages import one_line
 
@@ -170,8 +171,9 @@ def _type(action: argparse.Action, kinds: set[Any]) -> Any:
     of_number = {action.type, *kinds} & {int, float}
     if of_number and str not in kinds:
         bounds = {"least": _LEAST.get(name), "most": _MOST.get(name), "above": _ABOVE.get(name)}
-        given = {bound: value for bound, value in bounds.items() if value is not None}
-        parse = number(float if float in of_number else int, **given)
+        given: dict[str, Any] = {bound: value for bound, value in bounds.items() if value is not None}
+        kind = float if float in of_number else int
+        parse = number(kind, **given, may_be_infinite=name in MAY_BE_INFINITE)
         return _or_none(parse) if NoneType in kinds and list not in kinds else parse
     if name == "scale_rewards":
         return lambda text: _SCALES.get(text.lower(), text)

@@ -20,7 +20,16 @@ from learner.commands.flags import Parser, either_spelling, number
 from learner.monitors.charts import sparkline
 from learner.monitors.page_server import serve_page
 from learner.monitors.run_reader import find_runs
-from learner.run_dir.files import HISTORY_FILE, LEASE_FILE, LOGS_FILE, SUMMARY_FILE, finite, is_step, read_lines
+from learner.run_dir.files import (
+    HISTORY_FILE,
+    LEASE_FILE,
+    LOGS_FILE,
+    STATE_FILE,
+    SUMMARY_FILE,
+    finite,
+    is_step,
+    read_lines,
+)
 from learner.servers.client import RolloutClient
 from learner.servers.credentials import read_token
 from learner.servers.discovery import ServerDiscovery
@@ -71,6 +80,7 @@ class RunProgress:
     Attributes:
         run_id: None if the directory has no readable lease.
         seconds_ago: seconds since the last step.
+        error: why the training ended, if it has failed.
         rewards: one per step that had a reward.
         last: fields of the last step's `learner.step_metrics.StepReport`.
     """
@@ -84,6 +94,7 @@ class RunProgress:
     eval_reward: float | None
     eval_step: int | None
     last: dict[str, Any]
+    error: str | None = None
 
 
 def main(argv: Sequence[str]) -> int:
@@ -133,28 +144,38 @@ def read_progress(run_dir: Path) -> RunProgress | None:
     """
     if not run_dir.is_dir():
         raise InvalidRequest(f"run_dir {run_dir} is not a directory; give a run's output_dir")
-    history, summary = run_dir / HISTORY_FILE, run_dir / SUMMARY_FILE
+    history, summary, state = (run_dir / name for name in (HISTORY_FILE, SUMMARY_FILE, STATE_FILE))
     # Other programs keep a file of this name, too.
     rows = [row for row in read_lines(history) if is_step(row.get("max_steps"))]
     if not rows:
         return None
     evals = [row for row in read_lines(run_dir / LOGS_FILE) if finite(row.get("eval_reward")) is not None]
     last, evaluated = rows[-1], evals[-1] if evals else {}
-    try:
-        run_id = json.loads((run_dir / LEASE_FILE).read_text())["run_id"]
-    except (OSError, ValueError, KeyError, TypeError):  # only the owner of the files may read it
-        run_id = None
     return RunProgress(
-        run_id=run_id,
+        run_id=_field(run_dir / LEASE_FILE, "run_id"),  # which only the owner of the files may read
         step=last["step"],
         max_steps=last["max_steps"],
         seconds_ago=max(time.time() - history.stat().st_mtime, 0.0),
-        finished=summary.is_file() and summary.stat().st_mtime >= history.stat().st_mtime,
+        finished=_is_newer(summary, history),
         rewards=[value for row in rows if (value := finite(row.get("reward"))) is not None],
         eval_reward=evaluated.get("eval_reward"),
         eval_step=evaluated.get("step"),
         last={name: None if isinstance(v, float) and finite(v) is None else v for name, v in last.items()},
+        error=_field(state, "error") if _is_newer(state, history) else last.get("error"),
     )
+
+
+def _is_newer(path: Path, other: Path) -> bool:
+    return path.is_file() and path.stat().st_mtime >= other.stat().st_mtime
+
+
+def _field(path: Path, name: str) -> str | None:
+    """Return a field of a JSON file that is text; None where there is none."""
+    try:
+        value = json.loads(path.read_text())[name]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return value if isinstance(value, str) else None
 
 
 def ask_servers(
@@ -192,6 +213,7 @@ def _progress_lines(progress: RunProgress | None, run_dir: str | None) -> list[s
     p, last = progress, progress.last
     state = "finished" if p.finished else f"last step {_ago(p.seconds_ago)} ago"
     lines = [f"{p.run_id or run_dir}  step {p.step}/{p.max_steps}  {state}"]
+    lines += [f"failed  {p.error}"] if p.error and not p.finished else []
     if p.rewards:
         lines.append(f"reward  {sparkline(p.rewards)}  {p.rewards[0]:.3f} → {p.rewards[-1]:.3f}")
     if p.eval_reward is not None:

@@ -20,6 +20,7 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_rep
 from transformers.utils import is_liger_kernel_available
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config
 
+from learner.adapters.exporter import active_adapter
 from learner.adapters.lora_rules import caps_logits, check_lora, check_model, check_rank
 from learner.adapters.peft_dir import load_adapter, trainable_adapter
 from learner.adapters.quantization import quantization_config
@@ -37,14 +38,22 @@ from learner.rewards.on_cluster import workers_on_cluster
 from learner.run_dir.checkpoint import load_state, save_state
 from learner.run_dir.files import FINAL_ADAPTER, MERGED, SUMMARY_FILE, provenance, write_summary
 from learner.run_dir.lock import check_unused
-from learner.servers.compatibility import check_base, check_server
+from learner.servers.compatibility import check_base, check_lengths, check_server
 from learner.servers.credentials import read_token, ssl_context
 from learner.servers.discovery import ServerDiscovery
 from learner.session import Session
 from learner.tasks import Task, import_object, load_task
 from learner.tasks.columns import has_images
 from learner.trainer.attach import attach, meet, save_final_adapter
-from learner.trainer.checks import check_best_metric, check_corrected, check_evaluated, check_grpo
+from learner.trainer.checks import (
+    check_best_metric,
+    check_callable,
+    check_corrected,
+    check_evaluated,
+    check_grpo,
+    check_slots,
+)
+from learner.trainer.datasets import check_enough
 from learner.trainer.leaving import SIGNALS
 from learner.trainer.prompt_order import steps_in_all
 from learner.trainer.rehearsal import rehearse
@@ -53,6 +62,7 @@ from learner.trainer.sampling import sampling_params
 from learner.trainer.settings import settings_before
 from learner.utils.atomic import atomic_directory, atomic_file, check_writable
 from learner.utils.cleanup import finally_do
+from learner.utils.hub import hub_error
 from learner.utils.logs import show_messages
 from learner.utils.processes import Stopped, each_signal, raise_stopped
 from shared.errors import InvalidRequest
@@ -113,9 +123,11 @@ def checked_task(config: LearnerConfig, args: GRPOConfig) -> Task:
         eval_dataset=config.eval_dataset,
         default_reward=agent_reward if has_agent else None,
     )
+    check_enough(task.train, args)
     check_evaluated(args, task.eval)
-    if not (has_agent or config.environment):  # which may log metrics of their own
+    if not (has_agent or config.environment):  # which may log metrics of their own, and have columns
         check_best_metric(args, task.reward_funcs)
+        check_callable(task.reward_funcs, task.train.column_names)
     return task
 
 
@@ -140,7 +152,9 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     model_config = _model_config(model, revision, args)
     if args.cast_lm_head_to_fp32 and model_config.get_text_config().tie_word_embeddings:
         raise InvalidRequest("cast_lm_head_to_fp32: the model's head is tied to its embeddings; leave it out")
-    lora = check_target_modules(lora, model_config, trust_remote_code=args.trust_remote_code)
+    lora = check_target_modules(
+        lora, model_config, trust_remote_code=args.trust_remote_code, is_given=config.init_adapter is not None
+    )
     quantized = quantization_config(model_args)
     tools = [import_object(path) for path in config.tools or ()]
     environment = import_object(config.environment) if config.environment else None
@@ -164,6 +178,8 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
             corrected=args.vllm_importance_sampling_correction,
         )
         check_rank(lora, state)
+        check_slots(args, state, config)
+        check_lengths(args.max_completion_length, 1, state)
         check_base(own, state.base, allow_mismatch=config.allow_base_mismatch)
     trainer = _trainer(task, config, args, model_args, model_config, lora, quantized, tools, environment)
     session = attach(trainer, config=config, pool=pool, revision=revision)
@@ -200,7 +216,14 @@ def run(config: LearnerConfig, args: GRPOConfig, model_args: ModelConfig) -> dic
     for replica in pool.replicas.values():
         replica.client.close()
     summary = session.summary() | {"train_seconds": train_seconds, "total_seconds": time.perf_counter() - started}
-    summary |= provenance(model, revision, task.name, session.publisher.base_weights, states[0])
+    summary |= provenance(
+        model,
+        revision,
+        task.name,
+        session.publisher.base_weights,
+        states[0],
+        trust_remote_code=args.trust_remote_code,
+    )
     if trainer.accelerator.is_main_process:
         write_summary(out / SUMMARY_FILE, summary)
         if config.save_merged:
@@ -266,11 +289,16 @@ def _model_config(model: str, revision: str | None, args: GRPOConfig) -> Any:
     try:
         found = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise InvalidRequest(
-            f"model_name_or_path {model!r} is no model's directory here, nor on the hub: {error}"
+        raise hub_error(
+            f"model_name_or_path {model!r} is no model's directory here, nor on the hub: {error}", error
         ) from error
     check_model(found)
     return found
+
+
+def _revision(model_args: ModelConfig) -> str | None:
+    """Return the base's revision as an adapter names it: None for the usual one."""
+    return None if model_args.model_revision == ModelConfig.model_revision else model_args.model_revision
 
 
 def _lora_config(config: LearnerConfig, model_args: ModelConfig) -> LoraConfig | None:
@@ -285,7 +313,9 @@ def _lora_config(config: LearnerConfig, model_args: ModelConfig) -> LoraConfig |
         try:
             return LoraConfig.from_pretrained(config.init_adapter)
         except (ValueError, OSError, TypeError) as error:
-            raise InvalidRequest(f"init_adapter {config.init_adapter!r} is not a PEFT LoRA adapter: {error}") from error
+            raise hub_error(
+                f"init_adapter {config.init_adapter!r} is not a PEFT LoRA adapter: {error}", error
+            ) from error
     if not model_args.use_peft:
         return None
     unknown = sorted(extra.keys() - {f.name for f in dataclasses.fields(LoraConfig)})
@@ -299,7 +329,7 @@ def _lora_config(config: LearnerConfig, model_args: ModelConfig) -> LoraConfig |
             "make the adapter with peft.initialize_lora_eva_weights, save it, and give it as init_adapter"
         )
     try:
-        return dataclasses.replace(get_peft_config(model_args), **extra)
+        return dataclasses.replace(get_peft_config(model_args), **{"revision": _revision(model_args), **extra})
     except (ValueError, TypeError) as error:
         raise InvalidRequest(f"the LoRA settings (lora_kwargs, lora_task_type) are refused: {error}") from error
 
@@ -334,6 +364,7 @@ def _trainer(
         if config.init_adapter is not None:
             base = model_class(model_config).from_pretrained(model, **model_init)
             model, lora = trainable_adapter(base, config.init_adapter), None
+            model.peft_config[active_adapter(model)].revision = _revision(model_args)
         args.model_init_kwargs = model_init if config.init_adapter is None else None
         return GRPOTrainer(
             model=model,
@@ -353,7 +384,7 @@ def _trainer(
         ImportError,
         NotImplementedError,
     ) as error:  # what TRL and transformers refuse
-        raise InvalidRequest(str(error)) from error
+        raise hub_error(str(error), error) from error
 
 
 def text_tokenizer(model: str, revision: str | None, trust_remote_code: bool) -> Any:

@@ -26,6 +26,7 @@ from learner.session import Session
 from learner.step_metrics import StepReport
 from learner.utils.atomic import write_atomically
 from shared.errors import InvalidRequest
+from shared.messages import one_line
 
 logger = logging.getLogger("lockstep.monitors")
 
@@ -69,7 +70,8 @@ class Recorder(TrainerCallback):
         }
         self._run = RunView(session.run_id, model, settings=settings)
         self._state = output_dir / files.STATE_FILE
-        self._complained, self._next_page = False, 0.0
+        self._began = self._complained = False
+        self._next_page = 0.0
 
     def serve(self) -> None:
         """Serve metrics and the run's page, where their ports were given.
@@ -93,6 +95,7 @@ class Recorder(TrainerCallback):
         self.metrics.stepped(report, self._session.rollouts.stats)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._began, self._run.error = True, None
         for lines in (self._history, self._logs):
             lines.begin(state.global_step)
         self.metrics.begin(state.global_step, state.max_steps, self._session.rollouts.stats)
@@ -117,6 +120,14 @@ class Recorder(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._write("finished" if state.global_step >= state.max_steps else "stopped")
 
+    def failed(self, error: BaseException) -> None:
+        """Record that the training has ended with an error, or an interruption: of the user, which is not an error."""
+        if not self._began and self._state.is_file():
+            return  # the files are those of a training that has begun
+        failed = isinstance(error, Exception)
+        self._run.error = one_line(error) if failed else None
+        self._write("failed" if failed else "stopped")
+
     def _write(self, state: str) -> None:
         if not self._config.run_page:
             return
@@ -133,7 +144,7 @@ class Recorder(TrainerCallback):
             for replica in list(self._session.pool.replicas.values())
         ]
         self._quietly(self.samples.write)
-        shown = {name: getattr(run, name) for name in ("run_id", "model", "state", "servers", "settings")}
+        shown = {name: getattr(run, name) for name in ("run_id", "model", "state", "error", "servers", "settings")}
         self._quietly(lambda: write_atomically(self._state, json.dumps(shown) + "\n"))
         self._quietly(lambda: write_atomically(self._page, render({self._page.parent.name: run})))
         ended = time.monotonic()

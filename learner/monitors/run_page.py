@@ -125,7 +125,8 @@ class RunView:
     """What the page shows of one run.
 
     Attributes:
-        state: training, finished, stopped, or "" if that is not known.
+        state: training, finished, stopped, failed, or "" if that is not known.
+        error: why it failed.
         updated: when its newest data was written, in seconds since 1970.
         batches: sample completions, see `learner.monitors.samples`.
         servers: rows of url, up, step, tokens, error.
@@ -135,6 +136,7 @@ class RunView:
     run_id: str
     model: str = ""
     state: str = "training"
+    error: str | None = None
     table: StepTable = field(default_factory=StepTable)
     batches: Sequence[Mapping[str, Any]] = ()
     servers: Sequence[Mapping[str, Any]] = ()
@@ -148,6 +150,7 @@ class RunView:
             "run_id": self.run_id,
             "model": self.model,
             "state": self.state,
+            "error": self.error,
             "servers": list(self.servers),
             "settings": self.settings,
             "updated": round(self.updated, 1),

@@ -77,6 +77,7 @@ class RunReader:
             settings = {k: dict(rows) for k, rows in dict(state["settings"]).items() if isinstance(rows, dict)}
             view = self.view
             view.run_id, view.model, view.state, view.servers, view.settings = run_id, model, now, servers, settings
+            view.error = None if (error := state.get("error")) is None else str(error)
 
     def _changed(self, name: str) -> bool:
         before, self._seen[name] = self._seen.get(name), _stamp(self._folder / name)

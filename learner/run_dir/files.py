@@ -87,7 +87,13 @@ def write_summary(path: str | Path, summary: Mapping[str, Any]) -> None:
 
 
 def provenance(
-    model: str, revision: str | None, task: str, base_weights: str | None, server: ServerState
+    model: str,
+    revision: str | None,
+    task: str,
+    base_weights: str | None,
+    server: ServerState,
+    *,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Return the summary's record of model, task, fingerprint of the base, and versions on both sides."""
     versions = {"vllm": server.vllm_version}
@@ -97,4 +103,4 @@ def provenance(
         except PackageNotFoundError:  # of a source tree that was never installed
             continue
     record = {"model": model, "model_revision": revision, "base_weights": base_weights, "task": task}
-    return record | {"versions": versions}
+    return record | {"trust_remote_code": trust_remote_code, "versions": versions}

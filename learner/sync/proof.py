@@ -85,7 +85,7 @@ class SyncProof:
         same_base: whether fingerprints have shown that all servers hold the learner's base.
 
     Attributes:
-        last: of the last check, the measurement with the largest mismatch.
+        last: of the last check, failed or not, the measurement with the largest mismatch.
         max_mismatch: largest |served - own| of all checks, in nats.
         slope: of the last check; None where the policy has not moved enough to tell.
         step_share: of the last check, the least share of the last step that a server serves; None: unknown, as where
@@ -200,6 +200,7 @@ class SyncProof:
             seen = self._seen.logprobs() if self._seen else None
             step = None if self.on_main(lambda: self._would_see_a_step(own, version)) else self._last_step()
         measurements = self.measure(own, version)
+        self.last = max(measurements, key=lambda m: m.max_mismatch)
         if seen:
             for measurement in self.measure(seen, version, self._seen):
                 self.check_mismatch(measurement, self._seen)
@@ -212,7 +213,6 @@ class SyncProof:
             if step is not None:
                 self._check_step(now, step)
             references[1:] = [now]
-        self.last = max(measurements, key=lambda m: m.max_mismatch)
         return self.last
 
     @cached_property

@@ -53,6 +53,7 @@ def load_task(
 
     Raises:
         TaskError: the task cannot be loaded; the message says how to fix it.
+        ConnectionError: the hub cannot be reached.
 
     Example:
         >>> task = load_task("reasoning_gym:chain_sum", eval_size=64, train_size=500)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from learner.tasks.file_kinds import FILE_KINDS, kind_of
 from learner.tasks.files import read_file
 from learner.tasks.imports import load_rewards
 from learner.tasks.prompts import PromptStyle, question_key
+from learner.utils.hub import hub_error
 
 logger = logging.getLogger("lockstep.tasks")
 
@@ -51,11 +52,13 @@ def load_dataset_task(
     if remaining:
         known = ", ".join(PromptStyle.__dataclass_fields__)
         raise TaskError(f"{spec} has no task argument {', '.join(sorted(remaining))}; only {known}")
-    train = _with_prompts(_read(spec), spec, prompt_column, style)
+    rows = {source: _read(source) for source in (spec, eval_dataset) if source is not None}
+    _warn_of_hidden(rows, prompt_column)
+    train = _with_prompts(rows[spec], spec, prompt_column, style)
     if eval_dataset is None:
         train, held_out = _hold_out(train, size_held_out(eval_size), spec)
     else:
-        held_out = _with_prompts(_read(eval_dataset), eval_dataset, prompt_column, style)
+        held_out = _with_prompts(rows[eval_dataset], eval_dataset, prompt_column, style)
         asked = _keys(held_out)
         first = sorted(range(len(asked)), key=lambda i: _hash(asked[i]))[:eval_size]
         held_out, keys = held_out.select(first), {asked[i] for i in first}
@@ -69,6 +72,18 @@ def load_dataset_task(
     if not len(train):
         raise TaskError(f"{spec} leaves no questions to train on besides the {len(held_out)} held out")
     return Task(name=spec, train=train, eval=held_out, reward_funcs=functions, reward_weights=weights)
+
+
+def _warn_of_hidden(rows: Mapping[str, Dataset], prompt_column: str) -> None:
+    """Warn, once each, of columns that reward functions do not get, whichever data has them."""
+    for name in ("completion", *(["prompt"] if prompt_column != "prompt" else ())):
+        if sources := [source for source, each in rows.items() if name in each.column_names]:
+            logger.warning(
+                "%s: reward functions do not get the column %r, whose name TRL has for its own: rename it if they "
+                "read it",
+                " and ".join(sources),
+                name,
+            )
 
 
 def _read(spec: str) -> Dataset:
@@ -89,10 +104,12 @@ def _read(spec: str) -> Dataset:
     except TaskError:
         raise
     except Exception as error:  # not found, offline, gated, unknown config or split: the message says which
-        raise TaskError(
+        raise hub_error(
             f"{spec!r} is not a file here and could not be loaded from the hub: {type(error).__name__}: {error}. A "
             f"task is reasoning_gym:NAME, a {'/'.join(FILE_KINDS)} file, a hub dataset name[:config][@split], or "
-            "module:object"
+            "module:object",
+            error,
+            TaskError,
         ) from error
 
 
@@ -146,14 +163,6 @@ def _with_prompts(rows: Dataset, spec: str, prompt_column: str, style: PromptSty
                 )
         except TaskError as error:
             raise TaskError(f"{spec}, row {i + 1}: {error.message}") from error
-    for name in ("completion", *(["prompt"] if prompt_column != "prompt" else ())):
-        if name in rows.column_names:
-            logger.warning(
-                "%s: reward functions do not get the column %r, whose name TRL has for its own: rename it if they "
-                "read it",
-                spec,
-                name,
-            )
     prompted = exact_dataset({"prompt": prompts}, spec)
     others = rows.remove_columns("prompt") if "prompt" in rows.column_names else rows
     # A table without columns has no rows either.

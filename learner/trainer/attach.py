@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from learner.adapters.exporter import active_adapter, lora_layers
-from learner.adapters.lora_rules import check_lora, check_model, check_rank, check_targets
+from learner.adapters.lora_rules import check_lora, check_model, check_rank, check_targets, unused_patterns
 from learner.adapters.peft_dir import save_adapter
 from learner.adapters.rounding import keep_master_weights
 from learner.agents.calls import Agent, AgentFunction, agent_of
@@ -55,6 +55,7 @@ from learner.trainer.hooks import (
     mark_tool_loop,
     record_samples,
     replace_zero_variance_groups,
+    report_failure,
     watch_mismatch,
 )
 from learner.trainer.images import (
@@ -163,8 +164,8 @@ def attach(
     own = fingerprint_checkpoint(adapter_config.base_model_name_or_path or model.config._name_or_path, revision)
     check_datasets(trainer)
     show_own_text(trainer)
+    check_enough(trainer.train_dataset, trainer.args)
     prompts = measure_prompts(trainer)
-    check_enough(trainer)
     sight = sight_of(trainer)
     weights = str(model.get_base_model().dtype).removeprefix("torch.")
     if pool is None:  # last, since it may wait for minutes
@@ -179,7 +180,7 @@ def attach(
         )
         if config.share_gpu:
             check_shared_gpu(state, trainer.accelerator.device, trainer.accelerator.num_processes)
-        check_slots(trainer, state, config)
+        check_slots(trainer.args, state, config)
         warned = check_images(prompts.images, prompts.largest, sight, state, unknown=prompts.unknown)
         check_rank(adapter_config, state)
         check_targets(layers, mixture_of_experts=state.mixture_of_experts)
@@ -188,7 +189,8 @@ def attach(
         return [*warned, *check_base(own, state.base, allow_mismatch=config.allow_base_mismatch)]
 
     states = [replica.known for replica in pool.up()]
-    for warning in dict.fromkeys(warning for state in states for warning in check_state(state)):
+    unused = unused_patterns(adapter_config, layers)
+    for warning in dict.fromkeys([*unused, *(warning for state in states for warning in check_state(state))]):
         warnings.warn(warning, stacklevel=2)
     reward = add_agent_reward(trainer) if runs else None
     name_rewards(trainer)
@@ -270,6 +272,7 @@ def _install_hooks(trainer: GRPOTrainer, session: Session, reward: AgentReward |
     | `_load_best_model`, `_determine_best_metric` | `resume_exactly` | |
     | `create_model_card` | `_name_base` | |
     | `train` | `leave_in_order` | what resuming refuses leaves nothing to save |
+    | | `report_failure` | the error says where the last checkpoint is |
 
     Callbacks run in the order in which they are added: the push comes before the recorder, and before leaving.
     """
@@ -308,6 +311,8 @@ def _install_hooks(trainer: GRPOTrainer, session: Session, reward: AgentReward |
         compile_layers(trainer, session.config.compile, lambda: session.metrics.reports[-1].train_seconds)
     leave_in_order(trainer, session)
     recorder = attach_recorder(trainer, session)
+    if recorder:
+        report_failure(trainer, recorder.failed)
     if recorder and session.config.run_page:
         record_samples(trainer, session, recorder.samples.add)
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import inspect
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from peft import PeftModel
+from torch import nn
 from trl import GRPOConfig, GRPOTrainer
 
 from learner.adapters.lora_rules import caps_logits
@@ -24,6 +28,23 @@ HIDDEN_CUTS = ("allowed_token_ids", "bad_words", "min_tokens", "structured_outpu
 #: These reweight all tokens: the server's logprobs are those of the distribution that results.
 REWEIGHTING = ("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias")
 
+#: Where infinity is a bound that is never reached.
+MAY_BE_INFINITE = (
+    *("max_grad_norm", "epsilon", "epsilon_high", "delta", "off_policy_mask_threshold"),
+    *("vllm_importance_sampling_clip_max", "vllm_importance_sampling_cap", "entropy_coef_max", "vllm_server_timeout"),
+)
+
+
+def check_finite(args: GRPOConfig) -> None:
+    """Refuse NaN, and infinity where it is not just no bound: `invalid_request`."""
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+        for number in parts:
+            is_bound = field.name in MAY_BE_INFINITE and number == math.inf
+            if isinstance(number, float) and not math.isfinite(number) and not is_bound:
+                raise InvalidRequest(f"{field.name} {number}: give a finite number")
+
 
 def check_grpo(args: GRPOConfig) -> list[str]:
     """Refuse generation options that cannot be honored; see `learner.trainer.sampling`.
@@ -34,6 +55,7 @@ def check_grpo(args: GRPOConfig) -> list[str]:
     Raises:
         LockstepError: `invalid_request`.
     """
+    check_finite(args)
     refuse_unmapped(args)
     if generation_kwargs(args).get("temperature", args.temperature) == 0.0:
         raise InvalidRequest("temperature=0 makes all completions of a group the same, so nothing is learned: raise it")
@@ -121,6 +143,30 @@ def check_best_metric(args: GRPOConfig, rewards: Iterable[Callable[..., Any]]) -
         near = difflib.get_close_matches(name, _MEASURED, n=1)
         hint = f"did you mean eval_{near[0]}?" if near else f"it has eval_{', eval_'.join(_MEASURED[:3])} ..."
         raise InvalidRequest(f"metric_for_best_model {asked}: no evaluation measures it; {hint}")
+
+
+#: Beside the columns of the data: what TRL calls reward functions with.
+_OF_REWARDS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+
+
+def check_callable(rewards: Iterable[Callable[..., Any]], columns: Iterable[str]) -> None:
+    """Refuse reward functions that cannot be called as TRL does: `invalid_request`."""
+    names = [*_OF_REWARDS, *(name for name in columns if name not in ("prompt", "completion", *_OF_REWARDS))]
+    for function in rewards:
+        try:
+            # What stands before a function, as with functools.wraps, may take more than it passes on.
+            signature = None if isinstance(function, nn.Module) else inspect.signature(function, follow_wrapped=False)
+        except (TypeError, ValueError):  # builtins have none
+            continue
+        try:
+            if signature:
+                signature.bind(**dict.fromkeys(names))
+        except TypeError as error:
+            name = getattr(function, "__name__", type(function).__name__)
+            raise InvalidRequest(
+                f"the reward {name!r} cannot be called: {error}. It is called with {', '.join(names)}, by name: add "
+                "**_ for those that it does not read"
+            ) from error
 
 
 def draws_policy(args: GRPOConfig) -> bool:
@@ -223,7 +269,7 @@ def check_attention(model: PeftModel) -> None:
         )
 
 
-def check_slots(trainer: GRPOTrainer, state: ServerState, config: LearnerConfig) -> None:
+def check_slots(args: GRPOConfig, state: ServerState, config: LearnerConfig) -> None:
     """Check that no push has to wait for a slot: a request ahead holds one during the pushes of S generation batches.
 
     Raises:
@@ -231,8 +277,8 @@ def check_slots(trainer: GRPOTrainer, state: ServerState, config: LearnerConfig)
     """
     if not config.max_staleness or config.in_flight != "drain" or state.apply == "merge":
         return
-    micro_steps = config.max_staleness * trainer.args.steps_per_generation * trainer.num_iterations
-    needed = -(-micro_steps // trainer.args.gradient_accumulation_steps) + 1
+    micro_steps = config.max_staleness * args.steps_per_generation * args.num_iterations
+    needed = -(-micro_steps // args.gradient_accumulation_steps) + 1
     if state.slots_per_run < needed:
         raise InvalidRequest(
             f"max_staleness={config.max_staleness}: a rollout can live through {needed - 1} pushes, and the server has "

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 
 from learner.tasks import columns
 from learner.tasks.columns import IMAGE_COLUMNS, decoded
@@ -85,9 +85,9 @@ def measure_prompts(trainer: GRPOTrainer) -> Prompts:
     return found
 
 
-def check_enough(trainer: GRPOTrainer) -> None:
+def check_enough(rows: Any, args: GRPOConfig) -> None:
     """Refuse training data that does not fill one generation batch, of which TRL makes no step: `invalid_request`."""
-    rows, needed = trainer.train_dataset, trainer.args.generation_batch_size // trainer.num_generations
+    needed = args.generation_batch_size // args.num_generations
     if isinstance(rows, Dataset) and len(rows) < needed:
         raise InvalidRequest(
             f"the training data has {len(rows)} prompts, and one generation batch takes {needed}: give more, or lower "

@@ -59,6 +59,20 @@ def begin_passes_with(trainer: GRPOTrainer, begin: Callable[[], None]) -> None:
     trainer._get_per_token_logps_and_entropies = scored_after
 
 
+def report_failure(trainer: GRPOTrainer, failed: Callable[[BaseException], None]) -> None:
+    """Call `failed` with the error that a training ends with."""
+    train = trainer.train
+
+    def train_or_report(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return train(*args, **kwargs)
+        except BaseException as error:
+            failed(error)
+            raise
+
+    trainer.train = train_or_report
+
+
 def mark_tool_loop(trainer: GRPOTrainer, rollouts: RemoteRollouts) -> None:
     """Tell `rollouts` which generations of TRL continue completions after a tool call."""
     loop = trainer._tool_call_loop

@@ -5,6 +5,9 @@ No model is loaded, no request is made.
 
 from __future__ import annotations
 
+import copy
+import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -49,7 +52,8 @@ def _number() -> torch.Tensor:
 
 
 def _optimize(args: GRPOConfig) -> None:
-    if any("=" not in pair for pair in (args.optim_args or "").replace(" ", "").split(",") if pair):
+    pairs = [pair for pair in (args.optim_args or "").replace(" ", "").split(",") if pair]
+    if any("=" not in pair for pair in pairs):
         raise ValueError(f"{args.optim_args!r} is not written as name=value,name=value")
     try:
         kind, settings = Trainer.get_optimizer_cls_and_kwargs(args)
@@ -57,12 +61,31 @@ def _optimize(args: GRPOConfig) -> None:
         if "need to pass a" in str(error):  # an optimizer that looks at the model, which is not here
             return
         raise
+    if ignored := [name for name in (pair.partition("=")[0] for pair in pairs) if not _is_read(name, args)]:
+        known = [name for name in inspect.signature(kind).parameters if _is_read(name, args)]
+        raise ValueError(
+            f"transformers ignores {', '.join(ignored)} in optim_args; with this optimizer it reads "
+            f"{', '.join(known) or 'nothing from there'} (learning_rate, weight_decay, adam_beta1, adam_beta2 and "
+            "adam_epsilon are options of their own)"
+        )
     if is_optimizer_factory(kind):
         return
     try:
         kind([_number()], **settings)
     except RuntimeError:  # of one that wants a GPU's parameters
         return
+
+
+def _is_read(name: str, args: GRPOConfig) -> bool:
+    """Return whether transformers looks at `name` in `optim_args`: other values make another optimizer, or an error."""
+    made, trial = list[Any](), copy.copy(args)
+    for value in ("true", "0.5", ""):
+        trial.optim_args = f"{name}={value}"
+        try:
+            made.append(Trainer.get_optimizer_cls_and_kwargs(trial))
+        except (ValueError, TypeError, AttributeError):
+            return True
+    return any(one != made[0] for one in made)
 
 
 def _schedule(args: GRPOConfig) -> None:
@@ -74,6 +97,8 @@ def _schedule(args: GRPOConfig) -> None:
     for _ in range(0 if args.lr_scheduler_type in _OF_METRICS else steps):
         optimizer.step()
         scheduler.step()
+        if not math.isfinite(rate := scheduler.get_last_lr()[0]):
+            raise ValueError(f"they make a learning rate of {rate}")
 
 
 def _load_data(args: GRPOConfig) -> None:

@@ -18,13 +18,16 @@ from trl.trainer.utils import is_async_callable
 from learner.agents.rewards import AgentReward
 from learner.cluster.resources import Resources
 from learner.config import LearnerConfig
-from learner.rewards.calls import RewardCall, call_reward, checked_rewards, distinct, raising_by_name
+from learner.rewards.calls import RewardCall, RewardError, call_reward, checked_rewards, distinct, raising_by_name
 from learner.rewards.on_cluster import workers_on_cluster
 from learner.rewards.pool import ProcessWorkers, RewardPool
 from learner.rewards.scorer import EVALUATION, Rewards, Row
 from learner.trainer.images import seen_prompt
 from learner.trainer.prompt_order import generation_batch
 from shared.errors import InvalidRequest
+
+#: With which a training ends that has had rewards before.
+_UNSCORED_BATCHES = 3
 
 
 def score_in_workers(trainer: GRPOTrainer, config: LearnerConfig) -> Rewards:
@@ -83,7 +86,8 @@ def check_rewards(trainer: GRPOTrainer) -> None:
     """Hold the reward functions and models that TRL calls to what `checked_rewards` takes for a reward.
 
     Raises, when rewards are computed:
-        RewardError: names the reward and the completion.
+        RewardError: names the reward and the completion; or no completion of a training batch has a reward: of the
+            first one, or of `_UNSCORED_BATCHES` in a row.
     """
     names, functions = trainer.reward_func_names, list(trainer.reward_funcs)
     trainer.reward_funcs = [
@@ -91,18 +95,43 @@ def check_rewards(trainer: GRPOTrainer) -> None:
         for name, function in zip(names, functions, strict=True)
     ]
     models = [i for i, function in enumerate(functions) if isinstance(function, nn.Module)]
-    if not models:
-        return
-    calculate = trainer._calculate_rewards
+    calculate, unscored = trainer._calculate_rewards, Unscored(names)
 
     def calculate_checked(*args: Any, **kwargs: Any) -> torch.Tensor:
         rewards_BF = calculate(*args, **kwargs)
+        if trainer.model.training:
+            unscored.saw(rewards_BF)
         for i in models:
             column = rewards_BF[:, i].tolist()  # of all ranks, whose prompts are not known here
             checked_rewards(names[i], column, ["not shown"] * len(column))
         return rewards_BF
 
     trainer._calculate_rewards = calculate_checked
+
+
+class Unscored:
+    """Counts training batches, over all ranks, in which no completion has a reward: nothing is learned from them."""
+
+    def __init__(self, names: list[str]) -> None:
+        self._names, self._in_a_row, self._most = names, 0, 1
+
+    def saw(self, rewards_BF: torch.Tensor) -> None:
+        """Count a batch; NaN stands for None.
+
+        Raises:
+            RewardError: so many in a row say that the reward functions are wrong, or what they need is gone.
+        """
+        if not rewards_BF.isnan().all():
+            self._in_a_row, self._most = 0, _UNSCORED_BATCHES
+            return
+        self._in_a_row += 1
+        batches = "" if self._in_a_row == 1 else f" of each of {self._in_a_row} batches"
+        if self._in_a_row >= self._most:
+            raise RewardError(
+                f"none of {len(rewards_BF)} completions{batches} has a reward: {', '.join(self._names)} returned None "
+                "for all of them, or took longer than reward_timeout_s. Return a number wherever a function applies, 0 "
+                "for a completion without an answer; every kind of row needs a function that applies to it"
+            )
 
 
 def _checked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

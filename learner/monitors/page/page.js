@@ -367,7 +367,7 @@
   }
 
   // ---- head --------------------------------------------------------------------------------------------------------
-  const title = el("h1"), facts = el("p", { class: "soft" }), link = el("span", { class: "link", role: "status" });
+  const title = el("h1"), facts = el("p", { class: "soft" }), why = el("p", { class: "why", role: "alert" }), link = el("span", { class: "link", role: "status" });
   const bar = el("div", { class: "bar", role: "progressbar", "aria-label": "steps done", "aria-valuemin": 0, "aria-valuemax": 100 }, el("span"));
   const tiles = el("ul", { class: "tiles" }), picker = el("div", { class: "picker" });
 
@@ -379,6 +379,8 @@
     const silent = given.live && head.state === "training" && age > 600 ? `no news for ${spell(age)}` : null;
     const state = silent ?? ({ stopped: "stopped early" }[head.state] ?? head.state);
     title.replaceChildren(clean(head.run_id), " ", state ? el("span", { class: `state ${silent ? "stopped" : head.state}` }, state) : "");
+    say(why, head.error ?? "");
+    why.hidden = !head.error;
     document.title = `${clean(head.run_id)} \u00b7 Lockstep`;
     const written = new Date(1000 * head.updated).toISOString().slice(0, 19).replace("T", " ");
     say(facts, `${head.model ? `${head.model} \u00b7 ` : ""}${spell(totals.seconds ?? 0)} in ${head.steps} steps \u00b7 ${given.live ? "last news" : "written"} ${written} UTC`);
@@ -568,7 +570,7 @@
     [["robust", "without outliers"], ["full", "full"], ["log", "logarithmic"]].map(([value, label]) => el("option", { value }, label)));
   const grid = el("div", { class: "charts" });
   root.replaceChildren(
-    el("header", {}, title, facts, link, bar), picker, tiles,
+    el("header", {}, title, facts, why, link, bar), picker, tiles,
     el("div", { class: "tools" }, el("h2", { id: "charts" }, "Charts"), el("span", { class: "pair" }, el("label", { for: "scale" }, "Scale "), scales),
       el("button", { type: "button", click: downloadAll }, "Download all as CSV")),
     grid, completions, about);

@@ -8,7 +8,7 @@ import pytest
 from peft import LoraConfig, PromptTuningConfig
 from transformers import LlavaConfig, Qwen3Config
 
-from learner.adapters.lora_rules import check_lora, check_model, check_rank, check_targets
+from learner.adapters.lora_rules import check_lora, check_model, check_rank, check_targets, unused_patterns
 from shared.errors import ErrorCode, LockstepError
 
 
@@ -68,6 +68,20 @@ def test_refuses_full_fine_tuning_and_other_adapters():
 )
 def test_plain_lora_passes(settings):
     check_lora(LoraConfig(**settings))
+
+
+def test_patterns_of_no_layer_are_named():
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"]
+    used = {"q_proj": 8, r"layers\.1\..*": 4, "^model.layers.0.self_attn.q_proj": 2}
+    assert unused_patterns(LoraConfig(rank_pattern=used, alpha_pattern=used), names) == []
+    (line,) = unused_patterns(LoraConfig(rank_pattern={"q_proj": 8}, alpha_pattern={"proj": 3}), names)
+    assert line == "alpha_pattern: no adapted layer is called 'proj'; there are q_proj, up_proj"
+
+
+@pytest.mark.parametrize("settings", [{"lora_alpha": float("inf")}, {"alpha_pattern": {"q_proj": float("nan")}}])
+def test_alphas_are_finite(settings):
+    with pytest.raises(LockstepError, match="finite number"):
+        check_lora(LoraConfig(**settings))
 
 
 def test_rank_pattern_counts(server_state):

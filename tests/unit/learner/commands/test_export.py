@@ -341,6 +341,21 @@ def test_a_card_with_the_runs_data(model_dir: Path, tmp_path: Path) -> None:
         assert line in card, card
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_card_says_which_revision_and_whether_code_is_trusted(model_dir: Path, tmp_path: Path, merged: bool) -> None:
+    _adapter(model_dir, tmp_path / "adapter", revision="v2")
+    (tmp_path / "train.json").write_text(json.dumps({"trust_remote_code": True}))
+    export(tmp_path, tmp_path / "out", merged=merged)
+    card = (tmp_path / "out" / "README.md").read_text()
+    if merged:  # it has the files of that revision
+        assert '"THIS_DIRECTORY", dtype="bfloat16", trust_remote_code=True)' in card
+        assert 'AutoTokenizer.from_pretrained("THIS_DIRECTORY", trust_remote_code=True)' in card
+        assert "vllm serve THIS_DIRECTORY --trust-remote-code\n" in card
+    else:
+        assert f'("{model_dir}", revision="v2", trust_remote_code=True)' in card
+        assert f"vllm serve {model_dir} --revision v2 --trust-remote-code --enable-lora" in card
+
+
 def _as_the_card_says(folder: Path) -> dict[str, Any]:
     """Return what the code in an export's card defines."""
     code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)

@@ -34,8 +34,7 @@ def test_recipes_are_options_that_exist(path, tmp_path):
     config, args, model_args = learner.commands.train.parse(flags)
     check_grpo(args)
     check_corrected(args, config)
-    trainer = SimpleNamespace(args=args, num_iterations=args.num_iterations)
-    check_slots(trainer, SimpleNamespace(slots_per_run=slots, apply="columns"), config)
+    check_slots(args, SimpleNamespace(slots_per_run=slots, apply="columns"), config)
     assert model_args.lora_dropout == 0.0, "the server applies none"
     if ":" in config.require_task() and "/" not in config.require_task():
         task = load_task(config.task, task_args=config.task_args, eval_size=8, train_size=64)

@@ -136,6 +136,17 @@ def test_after_the_training(run_dir, capsys):
     assert not _json(capsys, "--run-dir", str(run_dir))[1]["run"]["finished"]
 
 
+def test_a_training_that_has_failed_says_why(run_dir, capsys):
+    (run_dir / "run.json").write_text(json.dumps({"error": "the reward 'r' raised"}))
+    assert _json(capsys, "--run-dir", str(run_dir))[1]["run"]["error"] == "the reward 'r' raised"
+    assert main(["status", "--run-dir", str(run_dir)]) == 0
+    assert "failed  the reward 'r' raised" in capsys.readouterr().out
+    with (run_dir / "metrics.jsonl").open("a") as rows:  # it goes on, without a page
+        rows.write(json.dumps({"step": 8, "max_steps": 10}) + "\n")
+    os.utime(run_dir / "run.json", (0, 0))
+    assert _json(capsys, "--run-dir", str(run_dir))[1]["run"]["error"] is None
+
+
 def test_nothing_is_known(tmp_path, capsys):
     assert main(["status"]) == 2
     assert "--rollout-url, --run-dir" in capsys.readouterr().err

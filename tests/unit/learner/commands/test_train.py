@@ -80,7 +80,7 @@ def run(flags, *more):
 
 
 def test_train_warm_start_and_resume(flags, server, tmp_path, capsys):
-    lora = ["--use_rslora", "--lora_kwargs", '{"rank_pattern": {"q_proj": 8}}']
+    lora = ["--use_rslora", "--lora_kwargs", '{"rank_pattern": {"q_proj": 8}}', "--model_revision", "v2"]
     summary = run(flags, *lora)
     assert summary["steps"] == summary["pushes"] == 2
     assert summary["completions"] == 16
@@ -91,12 +91,16 @@ def test_train_warm_start_and_resume(flags, server, tmp_path, capsys):
     saved = LoraConfig.from_pretrained(adapter)
     assert saved.use_rslora
     assert saved.rank_pattern == {"q_proj": 8}
+    assert saved.revision == "v2"
     for name in ("adapter_config.json", "adapter_model.safetensors"):  # output_dir itself is PEFT's, as TRL's is
         assert (tmp_path / "out" / name).read_bytes() == (adapter / name).read_bytes()
 
     at = flags.index("--lora_r")
-    warm = run(flags[:at] + flags[at + 4 :], "--init_adapter", str(adapter), "--output_dir", str(tmp_path / "warm"))
+    given = ["--init_adapter", str(adapter), "--output_dir", str(tmp_path / "warm"), "--model_revision", "v3"]
+    warm = run(flags[:at] + flags[at + 4 :], *given)
     assert warm["max_logprob_gap"] < 1e-4
+    assert LoraConfig.from_pretrained(tmp_path / "warm" / "adapter").revision == "v3"
+    assert learner.commands.train.check_options(*learner.commands.train.parse(flags)).revision is None
 
     before = len(server.pushed)
     resumed = run(flags, *lora, "--max_steps", "3", "--resume_from_checkpoint", "true")
@@ -256,7 +260,6 @@ def test_damaged_checkpoints(flags, tmp_path, caplog):
         (["--init_adapter", "/nowhere", "--use_dora", "true"], "use_dora"),
         (["--init_adapter", "/nowhere", "--lora_modules_to_save", "lm_head"], "lora_modules_to_save"),
         (["--max_completion_length", "127"], "--max-model-len"),
-        (["--per_device_train_batch_size", "64"], "8 prompts, and one generation batch takes 16"),
         (["--vllm_server_host", "x"], "rollout_url"),
         (["--cache_implementation", "static"], "cache_implementation"),
         (["--load_in_4bit", "true"], "four-bit-base"),
@@ -264,6 +267,20 @@ def test_damaged_checkpoints(flags, tmp_path, caplog):
     ],
 )
 def test_refusals_of_the_command(flags, more, word):
+    with pytest.raises(LockstepError, match=word):
+        run(flags, *more)
+
+
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [
+        (["--per_device_train_batch_size", "64"], "8 prompts, and one generation batch takes 16"),
+        (["--max_completion_length", "128"], "--max-model-len"),
+        (["--max_staleness", "4"], "--slots-per-run 5"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_model_is_loaded(flags, more, word, monkeypatch):
+    monkeypatch.setattr(learner.commands.train, "_trainer", None)
     with pytest.raises(LockstepError, match=word):
         run(flags, *more)
 

@@ -17,6 +17,7 @@ from learner.demo.__main__ import main as demo
 from learner.demo.__main__ import parse as parse_demo
 from tests.unit.learner.commands.test_train import TASK
 
+REWARD = "learner.tasks.rewards:exact_match"
 EVAL = ["eval", "--rollout-url", "http://127.0.0.1:9", "--task", TASK]
 
 
@@ -70,6 +71,19 @@ def the_line(capsys):
         ("learning_rate: 1e-6x", "learning_rate: '1e-6x' is not a number"),
         ("learning_rate: .nan", "learning_rate"),
         ("learning_rate: nan", "learning_rate: 'nan' is not a number"),
+        ("learning_rate: inf", "learning_rate: 'inf' is not a finite number"),
+        ("learning_rate: -1e999", "learning_rate: '-1e999' is not a finite number"),
+        ("beta: .inf", "beta"),
+        ("max_grad_norm: nan", "max_grad_norm: 'nan' is not a number"),
+        ("reward_weights: [1.0, nan]", "reward_weights"),
+        ("reward_weights: [.inf, 1.0]", "reward_weights"),
+        ("generation_kwargs: {repetition_penalty: .nan}", "repetition_penalty"),
+        (
+            "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: '{\"min_lr\": Infinity}'",
+            "lr_scheduler_kwargs inf",
+        ),
+        ("optim: rmsprop\noptim_args: eps=nan", "optim_args.*nan"),
+        ('lora_kwargs: \'{"alpha_pattern": {"q_proj": NaN}}\'', "q_proj nan: give a finite number"),
         ("bf16: maybe", "bf16"),
         ("task: [a, b]", "task: takes one value, not a list"),
         ("task: {name: a}", "task: takes one value, not nested keys"),
@@ -118,6 +132,14 @@ def the_line(capsys):
         ("task_args: {a: 1, a: 2}", "a is there twice"),
         ("lora_kwargs: {rank_patern: {}}", "lora_kwargs: peft.LoraConfig has no rank_patern"),
         ("lora_kwargs: {rank_pattern: 5}", "LoRA settings"),
+        (
+            "lora_kwargs: {rank_pattern: {q_proj: 4, q_prj: 8}}",
+            "lora_kwargs.rank_pattern: no adapted layer is called 'q_prj'; there are q_proj, k_proj",
+        ),
+        (
+            "lora_target_modules: [k_proj]\nlora_kwargs: {alpha_pattern: {'layers.[01].*q_proj': 8}}",
+            "alpha_pattern: no adapted layer is called 'layers.*; there are k_proj",
+        ),
         ("lora_kwargs: {layers_pattern: 5}", "LoRA settings .*layers_pattern"),
         ("lora_kwargs: {task_type: 5}", "LoRA settings"),
         ("lora_task_type: X", "lora_task_type"),
@@ -137,6 +159,7 @@ def the_line(capsys):
         ("lora_target_modules: q_proj,v_proj", "lora_target_modules: the model has no q_proj,v_proj"),
         ("lora_target_modules: '(q_proj'", "lora_target_modules: .* no regular expression"),
         ("lora_target_modules: '.*nope'", "lora_target_modules: the model has no"),
+        ("task_args:\nper_device_train_batch_size: 128", "8 prompts, and one generation batch takes 16"),
         # range
         ("lora_r: 0", "lora_r: 0 is out of range: must be at least 1"),
         ("lora_r: -4", "lora_r"),
@@ -200,6 +223,11 @@ def the_line(capsys):
         ("push_to_hub: true", "push_to_hub"),
         ("optim: lomo", "optim lomo.*install `lomo_optim`"),
         ("optim_args: nope", "optim_args"),
+        ("optim_args: eps=1e-6,foo=1", "transformers ignores eps, foo in optim_args; .* reads nothing from there"),
+        (
+            "optim: sgd\noptim_args: momentum=0.9,momentun=0.9",
+            "ignores momentun in optim_args; .* reads momentum, dampening, weight_decay, nesterov ",
+        ),
         ("optim: adamw_anyprecision", "optim adamw_anyprecision.*torchdistx"),
         ("optim: sgd\noptim_args: momentum=abc", "optim sgd.*optim_args.*abc"),
         ("adam_beta1: 2", "adam_beta1.*beta parameter at index 0: 2"),
@@ -314,6 +342,9 @@ def test_files_that_cannot_be_read(capsys, path):
         (["export", "/nowhere", "--out", "x"], "/nowhere"),
         (["export", "x", "--out", "y", "--dtype", "int8"], "--dtype"),
         ([*EVAL, "--seed", "-1"], "--seed: -1 is out of range"),
+        (["status", "--run-dir", "m" * 300], "'mmm"),
+        (["export", "m" * 300, "--out", "x"], "mmm... is too long for a file's name"),
+        ([*EVAL, "--task", "m" * 300 + ":f", "--reward-funcs", REWARD], "mmm... is too long for a file's name"),
         (["status"], "--rollout-url"),
         (["status", "--run-dir", "/nowhere"], "run_dir"),
         (["status", "--rollout-url", "x"], "rollout_url"),

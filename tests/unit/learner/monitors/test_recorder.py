@@ -19,10 +19,10 @@ from learner.config import LearnerConfig
 from learner.monitors import recorder
 from learner.monitors.page_server import CHOSEN_PORT
 from learner.monitors.progress import show_progress
-from learner.run_dir.files import JsonLines
+from learner.run_dir.files import JsonLines, read_lines
 from learner.trainer.attach import attach
 from learner.utils.ports import free_port
-from shared.errors import LockstepError
+from shared.errors import InstallFailed, InvalidRequest, LockstepError, NotFinite
 from tests.unit.learner.monitors.test_page_server import stream
 
 
@@ -162,6 +162,73 @@ def test_completions_beside_their_answers_and_over_time(make_trainer, client, tm
     evaluations = [[group["key"] for group in batch["groups"]] for batch in batches if batch["kind"] == "evaluation"]
     assert len(evaluations) == 3
     assert evaluations[0] == evaluations[1] == evaluations[2], "one prompt can be followed over the evaluations"
+
+
+def test_a_step_that_is_not_proven_is_recorded_with_the_reason(make_trainer, client, server, tmp_path):
+    trainer = make_trainer(learning_rate=0.5, max_steps=1)
+    session = attach(trainer, client=client)
+    server.ignore_pushes = True
+    with pytest.raises(InstallFailed, match="proof of sync failed"):
+        trainer.train()
+    (row,) = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert row["step"] == 1
+    assert row["reward"] is not None
+    assert row["push_bytes"] > 0
+    assert row["logprob_gap"] == session.proof.last.max_mismatch > session.proof.last.tolerance
+    assert row["error"].startswith("proof of sync failed")
+    head = _page(tmp_path / "run")["head"]
+    assert head["state"] == "failed"
+    assert head["error"].startswith("proof of sync failed")
+    server.ignore_pushes = False
+    again = make_trainer(max_steps=1)
+    attach(again, client=client)
+    again.train()
+    state = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (state["state"], state["error"]) == ("finished", None)
+
+
+def test_a_step_that_is_not_pushed_is_recorded_with_the_reason(make_trainer, client, server, tmp_path):
+    trainer = make_trainer()
+    session = attach(trainer, client=client)
+    push = session.publisher.push
+
+    def push_once(step):
+        if step:
+            raise NotFinite("the adapter holds NaN")
+        return push(step)
+
+    session.publisher.push = push_once
+    with pytest.raises(NotFinite):
+        trainer.train()
+    (row,) = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert (row["step"], row["push_bytes"], row["error"]) == (1, 0, "the adapter holds NaN [not_finite]")
+    assert session.metrics.pushes == 0
+
+
+def test_a_training_that_fails_within_a_step_says_why_on_its_page(make_trainer, client, tmp_path):
+    def broken(completions, **_):
+        raise KeyError("gold")
+
+    trainer = make_trainer(trainer_kwargs={"reward_funcs": broken})
+    attach(trainer, client=client)
+    with pytest.raises(LockstepError):
+        trainer.train()
+    head = _page(tmp_path / "run")["head"]
+    assert head["state"] == "failed"
+    assert head["error"].startswith("the reward 'broken' raised KeyError")
+
+
+def test_a_training_that_is_refused_leaves_the_page_of_the_one_before(make_trainer, client, tmp_path):
+    trainer = make_trainer(max_steps=1)
+    attach(trainer, client=client)
+    trainer.train()
+    files = [tmp_path / "run" / name for name in ("run.json", "run.html", "completions.jsonl")]
+    before = [file.read_bytes() for file in files]
+    again = make_trainer(max_steps=1)
+    attach(again, client=client)
+    with pytest.raises(InvalidRequest, match="no such directory"):
+        again.train(resume_from_checkpoint=str(tmp_path / "away"))
+    assert [file.read_bytes() for file in files] == before
 
 
 def test_an_evaluation_after_the_end(make_trainer, client, tmp_path, monkeypatch):

@@ -219,6 +219,18 @@ def test_a_file_may_hold_prompts_only(tmp_path: Path) -> None:
     assert task.train.column_names == ["prompt"]
 
 
+def test_a_column_that_rewards_do_not_get_is_named_once(tmp_path: Path, caplog) -> None:
+    path, others = tmp_path / "train.jsonl", tmp_path / "others.jsonl"
+    for file, first in ((path, 0), (others, 6)):
+        rows = [{"prompt": f"Question {first + i}", "completion": "own"} for i in range(6)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    load_task(str(path), eval_dataset=str(others), reward_specs=REWARD)
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"{path} and {others}: reward functions do not get the column 'completion'")
+    load_task(str(path), eval_dataset=str(path), eval_size=2, reward_specs=REWARD)
+    assert sum("completion" in record.getMessage() for record in caplog.records) == 2
+
+
 def test_chat_rows_stay_chat(tmp_path: Path) -> None:
     path = tmp_path / "chat.jsonl"
     turns = [[{"role": "system", "content": "Own."}, {"role": "user", "content": f"Question {i}"}] for i in range(6)]

@@ -18,11 +18,13 @@ from learner.agents.calls import FunctionAgent
 from learner.agents.episodes import AgentError
 from learner.agents.rewards import agent_reward
 from learner.cluster import workers
+from learner.rewards.calls import RewardError
 from learner.servers.client import RolloutClient
 from learner.trainer import agent_hooks
 from learner.trainer.attach import attach
 from learner.trainer.hooks import record_samples
 from learner.trainer.prompt_order import TrlPrompts
+from learner.trainer.reward_hooks import Unscored
 from shared.errors import ErrorCode, InvalidRequest, LockstepError
 from tests.support.fake_ray import ActorDiedError, FakeRay
 from tests.support.fake_sessions import FakeSessions, ask
@@ -211,6 +213,19 @@ def test_reward_functions_score_the_conversations_that_agents_leave_open(make_tr
     assert session.rollouts.agents.counts.failed == 0
 
 
+def test_agents_that_nobody_scores_end_the_training(make_trainer, server, client):
+    def unsure(completions, **_):
+        return [None] * len(completions)
+
+    def agent(session, row):
+        ask(server, session, ids_of(row))
+
+    trainer = make_trainer(trainer_kwargs={"reward_funcs": unsure}, max_steps=1)
+    attach(trainer, client=client, agent=agent)
+    with pytest.raises(RewardError, match="none of 8 completions has a reward: unsure, agent returned None"):
+        trainer.train()
+
+
 def test_reward_workers_score_conversations(make_trainer, server, client):
     def agent(session, row):
         ask(server, session, ids_of(row))
@@ -370,6 +385,7 @@ def test_an_agent_whose_reward_nobody_gives_ends_the_training(make_trainer, serv
 def test_a_batch_goes_on_where_another_rank_has_episodes_left(make_trainer, server, client, monkeypatch):
     others: list[list[str | None]] = [["broken", None], ["broken", "broken"]]
     monkeypatch.setattr(agent_hooks, "gather_object", lambda own: [*own, *others.pop(0)])
+    monkeypatch.setattr(Unscored, "saw", lambda *_: None)  # of the other rank's rewards, which are not here
 
     def agent(session, row):
         raise KeyError("no such column")

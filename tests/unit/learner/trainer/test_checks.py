@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import math
 from contextlib import nullcontext
 
 import pytest
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config
 
 from learner.config import LearnerConfig
-from learner.trainer.checks import check_attention, check_best_metric, check_corrected, check_evaluated, check_grpo
+from learner.trainer.checks import (
+    check_attention,
+    check_best_metric,
+    check_callable,
+    check_corrected,
+    check_evaluated,
+    check_grpo,
+)
 from shared.errors import LockstepError
 
 
@@ -23,6 +34,43 @@ def test_a_loss_that_divides_by_the_length_needs_one(grpo):
     check_grpo(grpo(max_completion_length=None))
     with pytest.raises(LockstepError, match="max_completion_length"):
         check_grpo(grpo(max_completion_length=None, loss_type="dr_grpo"))
+
+
+def test_numbers_are_finite_unless_they_are_bounds(grpo):
+    check_grpo(grpo(max_grad_norm=math.inf, delta=math.inf, epsilon_high=math.inf, entropy_coef_max=math.inf))
+    for name, value in {"learning_rate": math.inf, "max_grad_norm": math.nan, "reward_weights": [math.nan]}.items():
+        with pytest.raises(LockstepError, match=f"{name} (inf|nan): give a finite number"):
+            check_grpo(grpo(**{name: value}))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(LearnerConfig) if "float" in str(f.type)])
+def test_numbers_of_our_own_options_are_finite(field, value):
+    with pytest.raises(ValueError, match=field):
+        LearnerConfig(**{field: value})
+
+
+def test_rewards_that_cannot_be_called_are_named():
+    def plain(prompts, completions, **_): ...
+
+    def of_columns(prompts, completions, completion_ids, trainer_state, log_extra, log_metric, answer): ...
+
+    def without_rest(completions, answer): ...
+
+    def of_another_column(completions, gold, **_): ...
+
+    @functools.wraps(without_rest)
+    def chooses(**columns):
+        return without_rest(columns["completions"], columns["answer"])
+
+    check_callable(
+        [plain, of_columns, max, functools.partial(plain, extra=1), chooses, nn.Linear(1, 1)],
+        ["prompt", "completion", "answer"],
+    )
+    with pytest.raises(LockstepError, match=r"'without_rest' cannot be called: .*'prompts'.* add \*\*_ for those"):
+        check_callable([plain, without_rest], ["prompt", "answer"])
+    with pytest.raises(LockstepError, match=r"'of_another_column' .* missing .* 'gold'.* log_metric, answer, by name"):
+        check_callable([of_another_column], ["prompt", "answer"])
 
 
 def test_greedy_training_is_refused(grpo):

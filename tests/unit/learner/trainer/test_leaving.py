@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 
+from learner.rewards.calls import RewardError
 from learner.run_dir.checkpoint import last_checkpoint
 from learner.trainer import leaving
 from learner.trainer.attach import attach
@@ -24,6 +26,7 @@ from shared.errors import NotFinite, NotReady
 def attached(make_trainer, server, client, tmp_path):
     """Builds a training of 5 steps in `name`; `at(step, act)` is called before the push of that step."""
     server.state = server.state.model_copy(update={"deterministic": True})
+    sessions = []
 
     def make(name="run", at=None, **config):
         rows = Dataset.from_list([{"prompt": f"w{i} w{i + 7}"} for i in range(10)])
@@ -37,6 +40,7 @@ def attached(make_trainer, server, client, tmp_path):
         )
         options = {} if config.get("max_staleness") else {"deterministic": True}
         session = attach(trainer, client=client, **options)
+        sessions.append(session)
         push = session.after_step
 
         def act_and_push():
@@ -47,7 +51,9 @@ def attached(make_trainer, server, client, tmp_path):
         session.after_step = act_and_push
         return trainer, session
 
-    return make
+    yield make
+    for session in sessions:  # those of a training that has failed would go on serving their runs
+        session.close()
 
 
 def weights(trainer):
@@ -78,6 +84,32 @@ def test_a_signal_ends_the_training_after_its_step_with_a_checkpoint(attached, t
     resumed.train(resume_from_checkpoint=str(last_checkpoint(tmp_path / "cut")))
     end = weights(whole)
     assert all(torch.equal(end[name], tensor) for name, tensor in weights(resumed).items())
+
+
+def test_ctrl_c_saves_the_step_and_does_not_let_a_script_go_on(attached, tmp_path, capfd):
+    trainer, session = attached(at=(2, lambda: signal.raise_signal(signal.SIGINT)))
+    with pytest.raises(KeyboardInterrupt, match=r"step 2 of 5 is saved in .*checkpoint-2: resume from it"):
+        trainer.train()
+    assert last_checkpoint(tmp_path / "run").name == "checkpoint-2"
+    assert "SIGINT: the training ends after step" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    session.close()
+    again, _ = attached(at=(5, lambda: signal.raise_signal(signal.SIGINT)))
+    again.train()  # in the last step there is nothing to leave
+    assert again.state.global_step == 5
+
+
+def test_a_second_ctrl_c_ends_the_training_at_once(attached, tmp_path, monkeypatch):
+    monkeypatch.setattr(leaving, "_ONE_REQUEST_S", 0.0)
+
+    def impatient():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    trainer, _ = attached(at=(2, impatient))
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
+        trainer.train()
+    assert last_checkpoint(tmp_path / "run") is None
 
 
 def test_with_rollouts_ahead(make_trainer, client):
@@ -189,6 +221,29 @@ def test_rollouts_that_do_not_come_leave_a_checkpoint_of_the_last_step(attached,
     assert all(torch.equal(end[name], tensor) for name, tensor in weights(resumed).items())
 
 
+@pytest.mark.parametrize("during", ["a step", "a step after an evaluation", "an evaluation"])
+def test_a_reward_that_fails_leaves_a_checkpoint_of_the_last_step(attached, tmp_path, during):
+    options = {} if during == "a step" else {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4}
+    whole, _ = attached("whole", **options)
+    whole.train()
+    cut, _ = attached("cut", **options)
+    (reward,) = cut.reward_funcs
+
+    def failing(**arguments):
+        if cut.state.global_step == 3 and cut.model.training == (during != "an evaluation"):
+            raise RewardError("the service is gone")
+        return reward(**arguments)
+
+    cut.reward_funcs = [failing]
+    with pytest.raises(RewardError, match=r"is gone; the last checkpoint is .*checkpoint-3: resume from it"):
+        cut.train()
+    resumed, _ = attached("cut", **options)
+    resumed.train(resume_from_checkpoint=True)
+    end = weights(whole)
+    assert all(torch.equal(end[name], tensor) for name, tensor in weights(resumed).items())
+    assert resumed.state.num_input_tokens_seen == whole.state.num_input_tokens_seen
+
+
 def test_what_waiting_does_not_mend_is_not_saved(attached, tmp_path):
     def broken():
         raise NotFinite("the adapter holds NaN")
@@ -199,19 +254,23 @@ def test_what_waiting_does_not_mend_is_not_saved(attached, tmp_path):
     assert last_checkpoint(tmp_path / "run") is None
 
 
-@pytest.mark.parametrize("anywhere", [True, False])
-def test_a_signal_to_any_rank_ends_all_of_them(anywhere):
-    """Rank 1 of 2, to which none has come."""
+@pytest.mark.parametrize("others", [[0.0, 0.0], [1.0, 0.0], [2.0, 1.0]])
+def test_a_signal_to_any_rank_ends_all_of_them(others):
+    """Rank 1 of 3, to which none has come: how many signals, and how many Ctrl-C, have come to the others."""
 
     def reduce(came, reduction):
-        assert came.item() == 0.0
-        return came + float(anywhere)
+        assert came.tolist() == [0.0, 0.0]
+        return came + torch.tensor(others)
 
-    accelerator = SimpleNamespace(num_processes=2, device="cpu", reduce=reduce, is_main_process=False)
+    accelerator = SimpleNamespace(num_processes=3, device="cpu", reduce=reduce, is_main_process=False)
     session = SimpleNamespace(interrupted=None)
-    leave = _Leave(SimpleNamespace(accelerator=accelerator), session)
-    assert leave._all_leave() is anywhere
-    assert bool(session.interrupted) is anywhere
+    state = SimpleNamespace(global_step=2, max_steps=3)
+    args = SimpleNamespace(output_dir="run")
+    leave = _Leave(SimpleNamespace(accelerator=accelerator, state=state, args=args), session)
+    assert leave._all_leave() is any(others)
+    assert bool(session.interrupted) is any(others)
+    with pytest.raises(KeyboardInterrupt) if others[1] else nullcontext():
+        leave.interrupt()
 
 
 def test_a_signal_does_not_put_the_best_weights_into_the_last_step(attached, tmp_path):

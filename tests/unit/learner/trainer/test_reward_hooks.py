@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import threading
@@ -208,6 +209,30 @@ def test_what_is_no_reward_is_one_line_wherever_it_is_computed(make_trainer, fun
     if function is R.raises:
         shown = "".join(traceback.format_exception(refused.value))
         assert 'raise KeyError("no such answer")' in shown
+
+
+def test_a_training_without_any_reward_ends(make_trainer, client, tmp_path) -> None:
+    def unsure(completions: list[str], **_: Any) -> list[None]:
+        return [None] * len(completions)
+
+    trainer = make_trainer(trainer_kwargs={"reward_funcs": [unsure, unsure]})
+    attach(trainer, client=client)
+    with pytest.raises(RewardError, match="none of 8 completions has a reward: unsure, unsure_2 returned None for all"):
+        trainer.train()
+
+
+def test_rewards_may_be_away_for_two_batches_and_be_none_for_some_rows(make_trainer, client, tmp_path) -> None:
+    batches = iter([1.0, None, None, 1.0, None, None, None])
+
+    def flaky(completions: list[str], **_: Any) -> list[float | None]:
+        return [next(batches), *[None] * (len(completions) - 1)]
+
+    trainer = make_trainer(max_steps=9, trainer_kwargs={"reward_funcs": flaky})
+    attach(trainer, client=client, reward_workers=0)
+    with pytest.raises(RewardError, match="none of 8 completions of each of 3 batches"):
+        trainer.train()
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert [row["reward"] for row in rows] == [1.0, None, None, 1.0, None, None]
 
 
 def test_a_reward_model_that_diverged_is_named(make_trainer) -> None:
