@@ -17,7 +17,7 @@ from shared.weights import ServerState
 HISTORY_FILE = "metrics.jsonl"
 #: What TRL logs every `logging_steps` and at every evaluation, by TRL's names; `step` is in each of them.
 LOGS_FILE = "logs.jsonl"
-#: What the run's page shows beside rows and completions: name, model, state, servers, settings.
+#: What the run's page shows beside rows and completions: name, model, state, error, servers, settings.
 STATE_FILE = "run.json"
 #: Selected completions, see `learner.monitors.samples`.
 SAMPLES_FILE = "completions.jsonl"

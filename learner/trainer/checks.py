@@ -16,6 +16,7 @@ from trl import GRPOConfig, GRPOTrainer
 from learner.adapters.lora_rules import caps_logits
 from learner.config import LearnerConfig
 from learner.tasks.arguments import reads
+from learner.tasks.base import REWARD_ARGUMENTS
 from learner.trainer.prompt_order import indexable, rows_of_rank
 from learner.trainer.reward_hooks import all_known_early
 from learner.trainer.sampling import generation_kwargs, refuse_unmapped, sampling_params
@@ -145,13 +146,10 @@ def check_best_metric(args: GRPOConfig, rewards: Iterable[Callable[..., Any]]) -
         raise InvalidRequest(f"metric_for_best_model {asked}: no evaluation measures it; {hint}")
 
 
-#: Beside the columns of the data: what TRL calls reward functions with.
-_OF_REWARDS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
-
-
 def check_callable(rewards: Iterable[Callable[..., Any]], columns: Iterable[str]) -> None:
-    """Refuse reward functions that cannot be called as TRL does: `invalid_request`."""
-    names = [*_OF_REWARDS, *(name for name in columns if name not in ("prompt", "completion", *_OF_REWARDS))]
+    """Refuse reward functions that cannot be called as TRL does without environments: `invalid_request`."""
+    given = dict.fromkeys([*REWARD_ARGUMENTS, *columns])
+    names = [name for name in given if name not in ("prompt", "completion", "environments")]
     for function in rewards:
         try:
             # What stands before a function, as with functools.wraps, may take more than it passes on.

@@ -159,6 +159,17 @@ async def _cancelled(task: asyncio.Future[Any]) -> None:
         await task
 
 
+def _proxy(generate: Any) -> EngineProxy:
+    """Return a proxy of an engine that generates so."""
+    model = SimpleNamespace(max_model_len=64, get_vocab_size=lambda: 10**6)
+    return EngineProxy(SimpleNamespace(generate=generate, errored=False, model_config=model), RunTable(2, 1))
+
+
+def _body(prompts: int) -> GenerateRequest:
+    """Return a request of this many prompts, each of the token that is its index."""
+    return GenerateRequest.model_validate({"prompts": [{"token_ids": [i]} for i in range(prompts)], "policy": "base"})
+
+
 async def test_nothing_more_is_submitted_for_a_request_that_has_failed() -> None:
     submitted: list[int] = []
 
@@ -169,9 +180,7 @@ async def test_nothing_more_is_submitted_for_a_request_that_has_failed() -> None
         await asyncio.Event().wait()
         yield
 
-    model = SimpleNamespace(max_model_len=64, get_vocab_size=lambda: 10**6)
-    proxy = EngineProxy(SimpleNamespace(generate=generate, errored=False, model_config=model), RunTable(2, 1))
-    body = GenerateRequest.model_validate({"prompts": [{"token_ids": [i]} for i in range(1000)], "policy": "base"})
+    proxy, body = _proxy(generate), _body(1000)
     with pytest.raises(UnknownRun, match="refused by the engine"):
         await _in_order(requests.generate(body, proxy, Exclusive(proxy, enabled=False)))
     assert len(submitted) < 10
@@ -187,9 +196,7 @@ async def test_what_the_engine_refuses_at_once_comes_before_the_first_line(index
         await asyncio.Event().wait()
         yield
 
-    model = SimpleNamespace(max_model_len=64, get_vocab_size=lambda: 10**6)
-    proxy = EngineProxy(SimpleNamespace(generate=generate, errored=False, model_config=model), RunTable(2, 1))
-    body = GenerateRequest.model_validate({"prompts": [{"token_ids": [i]} for i in range(3)], "policy": "base"})
+    proxy, body = _proxy(generate), _body(3)
     with pytest.raises(Overloaded, match="--max-num-queued-reqs"):
         await anext(requests.generate(body, proxy, Exclusive(proxy, enabled=False)))
     assert proxy.capacity.sequences == 0
