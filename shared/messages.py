@@ -20,8 +20,17 @@ def one_line(error: BaseException) -> str:
 
 def unknown_flag(words: list[str], known: Iterable[str]) -> str:
     """Return what to say of `words` of a command line that no flag has taken."""
-    flag = next((word for word in words if word.startswith("-")), words[0]).partition("=")[0]
+    flag = next((word for word in words if word.startswith("-")), None)
+    if flag is None:
+        return stray_word(words[0], known)
+    flag = flag.partition("=")[0]
     return f"there is no {flag}{did_you_mean(flag, known)}"
+
+
+def stray_word(word: str, known: Iterable[str]) -> str:
+    """Return what to say of a word of a command line that belongs to no flag; of a recipe's, how to give it."""
+    is_recipe = word.endswith((".yaml", ".yml")) and "--config" in known
+    return f"{word} belongs to no option: write --{'config' if is_recipe else 'NAME'} {word}"
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

@@ -18,6 +18,7 @@ clock runs from the moment at which it begins to generate.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import queue
@@ -107,6 +108,7 @@ class Race:
         )
         if training.peer == ASYNCHRONOUS:
             importlib.import_module("trl.experimental.async_grpo")  # with vLLM, which takes seconds
+        gc.freeze()  # as in `learner train`: a full collection would walk over the imports, half a second of a step
         while not go.exists():
             time.sleep(0.05)
         args.model_init_kwargs = {"dtype": model_args.dtype}

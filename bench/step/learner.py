@@ -9,6 +9,7 @@ compile, stop_token_ids, output, and a file for a profile or None.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import time
@@ -235,4 +236,5 @@ def train(training: Namespace) -> dict[str, Any]:
 
 if __name__ == "__main__":
     asked, answered = map(Path, sys.argv[1:])
+    gc.freeze()  # as in `learner train`: full collections would walk over the imports, up to half a second each
     answered.write_text(json.dumps(train(Namespace(**json.loads(asked.read_text())))))

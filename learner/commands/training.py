@@ -29,6 +29,7 @@ from learner.utils.logs import show_messages
 from learner.utils.waits import waiting
 from shared.collections_off import without_collections
 from shared.errors import InvalidRequest
+from shared.messages import stray_word
 from shared.model_files import check_model_exists
 
 #: What is set first.
@@ -148,6 +149,8 @@ def read_options(argv: Sequence[str]) -> dict[str, Any]:
     """
     known, files, given = options(), dict[str, Any](), dict[str, Any]()
     if argv and not re.match(r"--[A-Za-z]", argv[0]):
+        if not argv[0].startswith("-"):
+            raise InvalidRequest(stray_word(argv[0], ["--config"]))
         raise InvalidRequest(f"there is no {argv[0]}: options are written as --NAME VALUE")
     for flag, words in _flags(argv):
         name, value = flag.replace("-", "_"), " ".join(words)
