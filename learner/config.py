@@ -16,6 +16,14 @@ from shared.sessions import MOST_CALLS, MOST_TOKENS
 from shared.weights import MAX_KEEP_SECONDS, RUN_ID_PATTERN
 
 
+def slots_needed(
+    max_staleness: int, *, steps_per_generation: int, num_iterations: int, gradient_accumulation_steps: int
+) -> int:
+    """Return the adapter slots with which no push waits: a request ahead holds one during the pushes of S batches."""
+    micro_steps = max_staleness * steps_per_generation * num_iterations
+    return -(-micro_steps // gradient_accumulation_steps) + 1
+
+
 class _Repeatable(argparse.Action):
     """Collect the values of every occurrence of a flag; the first occurrence replaces the default."""
 
@@ -175,7 +183,8 @@ class LearnerConfig:
     max_staleness: int = _option(
         0,
         "Generation batches that rollouts may run ahead of training. 0: synchronous. S > 0: the next S batches are "
-        "generated while the learner trains; staler samples are never trained on.",
+        "generated while the learner trains; staler samples are never trained on. The server needs S + 1 adapter slots "
+        "(--slots-per-run), which `learner up` gives it.",
     )
     packed_passes: bool = _option(
         True,

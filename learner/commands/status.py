@@ -209,7 +209,10 @@ def ask_servers(
 
 def _progress_lines(progress: RunProgress | None, run_dir: str | None) -> list[str]:
     if progress is None:
-        return [f"{run_dir}: no step has ended yet"] if run_dir else []
+        if not run_dir:
+            return []
+        error = _field(Path(run_dir, STATE_FILE), "error")
+        return [f"{run_dir}: no step has ended" + (f"; failed: {error}" if error else " yet")]
     p, last = progress, progress.last
     state = "finished" if p.finished else f"last step {_ago(p.seconds_ago)} ago"
     lines = [f"{p.run_id or run_dir}  step {p.step}/{p.max_steps}  {state}"]

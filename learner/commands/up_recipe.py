@@ -17,7 +17,7 @@ from learner.commands import training
 from learner.commands.config_file import read_config_file
 from learner.commands.flags import dtype_name, is_none, is_true
 from learner.commands.up_output import say
-from learner.config import LearnerConfig, json_object
+from learner.config import LearnerConfig, json_object, slots_needed
 from learner.foreign_options import server_flag
 from learner.run_dir.lock import check_unused
 from learner.utils.atomic import check_writable
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 #: Options of `learner train` that decide what a task's training data is.
 _TASK_OPTIONS = ("task_args", "eval_size", "train_size", "prompt_column", "eval_dataset")
+#: Adapter slots that a server has without `--slots-per-run`.
+SLOTS = 2
 #: Seconds for the hub's answer: what is asked for can be done without.
 _HUB_S = 10.0
 
@@ -87,6 +89,9 @@ class Recipe:
             common: more of the first kind.
         """
         common = _common(self.given) | common
+        slots = _slots(self.given)
+        if slots > SLOTS and self.server_flag("apply") != "merge":
+            common["slots_per_run"] = slots
         if self._trains_text_of_more():
             say("the training data has no images: the server gets --language-model-only")
             common["language_model_only"] = True
@@ -209,6 +214,28 @@ def _common(given: Mapping[str, Any]) -> dict[str, Any]:
     if given.get("model_revision"):
         common["revision"] = given["model_revision"]
     return common | {name: True for name in ("trust_remote_code", "deterministic", "share_gpu") if is_true(given, name)}
+
+
+def _slots(given: Mapping[str, Any]) -> int:
+    """Return the adapter slots that the learner will ask for; 0 where it needs no more than a server must have."""
+    if given.get("in_flight") not in (None, "drain"):
+        return 0
+
+    def count(name: str, default: int) -> int:
+        value = given.get(name)
+        return default if value is None else int(value)
+
+    try:
+        accumulated = count("gradient_accumulation_steps", 1)
+        batch = count("generation_batch_size", 0) // count("per_device_train_batch_size", 8)  # at most: of one rank
+        return slots_needed(
+            count("max_staleness", 0),
+            steps_per_generation=count("steps_per_generation", batch or accumulated),
+            num_iterations=count("num_iterations", 1),
+            gradient_accumulation_steps=accumulated,
+        )
+    except (ValueError, TypeError, ZeroDivisionError):  # the learner says what is wrong with it
+        return 0
 
 
 def _encoders(model: str, revision: Any) -> list[str]:

@@ -108,7 +108,7 @@ def questions_of(task: Task, count: int | None) -> list[dict[str, Any]]:
     Raises:
         LockstepError: `invalid_request` if there are none, or an image cannot be decoded.
     """
-    rows = list(islice(decoded(task.eval, f"task {task.name}, evaluation"), count))
+    rows = list(islice(decoded(task.eval or (), f"task {task.name}, evaluation"), count))
     if not rows:
         raise InvalidRequest(f"task {task.name} has no evaluation questions; see --eval-size and --limit")
     return rows

@@ -7,13 +7,15 @@ the derivative of the logprobs in the scale of its B. A server on which m is sil
 those are suspected whose score r . x_m is lowest, and far from 0, r being served minus own logprobs (Rao 1948: the
 score test). One backward pass weighted by r gives all of them; passes weighted by random signs give |x_m|^2 (Hutchinson
 1990). Suspects are convicted by a regression of r on the movement that passes with the module turned up and down show.
+On a server that rounds before it adds the adapter a suspect's movement may be lost in rounding: there it is pushed once
+more, as loud as the whole canary.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -76,12 +78,14 @@ class CanaryResult:
 
 
 def prove_modules(
-    proof: SyncProof, push: Callable[[], WeightVersion], turn: Callable[[], AbstractContextManager[None]] = nullcontext
+    proof: SyncProof,
+    push: Callable[[int], WeightVersion],
+    turn: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> CanaryResult:
     """Push an adapter with a large effect and find it in the served logprobs; the model stays as it is. Collective.
 
     Args:
-        push: sends the model's present adapter to a run of its own and returns its version.
+        push: sends the model's present adapter to a run of its own, as this step, and returns its version.
         turn: entered for backward passes, which need memory on the GPU.
 
     Raises:
@@ -93,12 +97,17 @@ def prove_modules(
     nats = min(max(CANARY_SIGNAL * noise, CANARY_NATS), LOUDEST, OF_UNRELATED * math.sqrt(2) * quiet.logit_std)
     quiet_N = next(iter(base.values())).own
     with _loud(proof.probe, proof.weights, quiet_N, nats, turn) as strengths_M:
-        version, own = push(), proof.probe.logprobs()
+        version, own = push(0), proof.probe.logprobs()
         louds = proof.measure(own, version)
         proven = len(strengths_M)
         for loud in louds if len(strengths_M) else ():
             _check_slope(base[loud.server], loud, DEAF)  # of a server that ignores all of it no module is to blame
-            proven = min(proven, _check_modules(proof, base[loud.server], loud, strengths_M, turn))
+            silent, count = _silent_modules(proof, base[loud.server], loud, strengths_M, turn)
+            if silent and not loud.is_decisive:
+                silent = _still_silent(proof, push, base[loud.server], silent, strengths_M)
+            if silent:
+                raise InstallFailed(_accusation(proof.weights.modules, loud, silent))
+            proven = min(proven, count)
         slopes = [_check_slope(base[loud.server], loud) for loud in louds]
         for loud in louds:
             proof.check_mismatch(_coarse(loud))
@@ -188,17 +197,17 @@ def _strengths(probe: Probe, weights: AdapterWeights, passes: int) -> np.ndarray
     return np.sqrt(np.mean(squares, axis=0))
 
 
-def _check_modules(
+def _silent_modules(
     proof: SyncProof,
     base: Measurement,
     loud: Measurement,
     strengths_M: np.ndarray,
     turn: Callable[[], AbstractContextManager[None]],
-) -> int:
-    """Test the modules that a server is most likely to leave out; return how many could be convicted.
+) -> tuple[dict[int, Share], int]:
+    """Test the modules that a server is most likely to leave out.
 
-    Raises:
-        InstallFailed: some are silent; the message names them.
+    Returns:
+        The silent ones, with the share that is served of each; and how many could be convicted.
     """
     probe, weights = proof.probe, proof.weights
     residual_N = without(loud.mismatch, base.mismatch)
@@ -208,19 +217,43 @@ def _check_modules(
         scores_M = probe.sensitivities(residual_N, weights.b).sum(0) / least_M
     lowest = np.argsort(scores_M)[:SUSPECTS]
     suspects = proof.on_main(lambda: lowest[scores_M[lowest] < -ACCUSING * strengths_M[lowest]].tolist())
-    silent = []
-    for m in suspects:
-        found = _share_of(probe, weights, m, residual_N)
-        if found is not None and found.value < 0.5 and found.value + CERTAIN * found.error < 1.0:
-            silent.append(f"{weights.modules[m]} ({found.value:.2f} of its effect, standard error {found.error:.2f})")
-    if silent:
-        raise InstallFailed(
-            f"proof of sync failed: of the canary adapter {loud.version} the server at {loud.server} leaves out "
-            f"{', '.join(silent)}: it does not compute LoRA there. Use another version of vLLM, or leave the module "
-            "out of target_modules"
-        )
     noise = max(float(np.sqrt(np.mean(residual_N**2))), FLOOR / SAFETY)
-    return int((strengths_M > 2 * CERTAIN * noise).sum())
+    return _convicted(probe, weights, suspects, residual_N), int((strengths_M > 2 * CERTAIN * noise).sum())
+
+
+def _still_silent(
+    proof: SyncProof,
+    push: Callable[[int], WeightVersion],
+    base: Measurement,
+    silent: dict[int, Share],
+    strengths_M: np.ndarray,
+) -> dict[int, Share]:
+    """Return those of the silent modules of a server that are silent even where each is as loud as all together."""
+    probe, weights = proof.probe, proof.weights
+    together = float(np.sqrt(np.sum(strengths_M**2)))
+    louder = [max(together / max(strengths_M[m], 1e-30), 1.0) if m in silent else 1.0 for m in range(len(strengths_M))]
+    with weights.kept():
+        weights.scale_b([min(factor, MOST_SCALED) for factor in louder])
+        version, own = push(1), probe.logprobs()
+        now = next(m for m in proof.measure(own, version) if m.server == base.server)
+        return _convicted(probe, weights, list(silent), without(now.mismatch, base.mismatch))
+
+
+def _convicted(
+    probe: Probe, weights: AdapterWeights, suspects: Sequence[int], residual_N: np.ndarray
+) -> dict[int, Share]:
+    """Return the suspects of which less than a half is served, with that share."""
+    shares = {m: _share_of(probe, weights, m, residual_N) for m in suspects}
+    return {m: s for m, s in shares.items() if s and s.value < 0.5 and s.value + CERTAIN * s.error < 1.0}
+
+
+def _accusation(modules: Sequence[str], loud: Measurement, silent: dict[int, Share]) -> str:
+    named = [f"{modules[m]} ({s.value:.2f} of its effect, standard error {s.error:.2f})" for m, s in silent.items()]
+    return (
+        f"proof of sync failed: of the canary adapter {loud.version} the server at {loud.server} leaves out "
+        f"{', '.join(named)}: it does not compute LoRA there. Use another version of vLLM, or leave the module "
+        "out of target_modules"
+    )
 
 
 def _share_of(probe: Probe, weights: AdapterWeights, module: int, residual_N: np.ndarray) -> Share | None:
@@ -291,9 +324,10 @@ def show_canary(
     )
     pieces: list[bytes | memoryview] = []
 
-    def push() -> WeightVersion:
-        version = canary.push(0).version
-        pieces.extend(canary.pieces())
+    def push(step: int) -> WeightVersion:
+        version = canary.push(step).version
+        if step == 0:  # what is shown again
+            pieces.extend(canary.pieces())
         return version
 
     try:

@@ -87,10 +87,10 @@ def load_task(
     common |= {"eval_dataset": eval_dataset, "prompt_column": prompt_column}
     if colon and "@" not in spec and is_importable(kind):
         made = _made(spec, import_object(spec), {"task_args": task_args or {}, **common})
-        from learner.tasks.columns import usable
+        from learner.tasks.columns import prompted
 
-        evaluation = made.eval if made.eval is None else usable(made.eval, f"{spec}, evaluation", images=True)
-        return replace(made, train=usable(made.train, f"{spec}, training", images=True), eval=evaluation)
+        evaluation = made.eval if made.eval is None else prompted(made.eval, f"{spec}, evaluation", images=True)
+        return replace(made, train=prompted(made.train, f"{spec}, training", images=True), eval=evaluation)
 
     from learner.tasks.dataset import load_dataset_task
 

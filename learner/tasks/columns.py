@@ -117,6 +117,19 @@ def own_keys(prompt: Any, *, filled: bool, images: bool) -> Any:
     ]
 
 
+def prompted(rows: T, what: str, *, images: bool = False) -> T:
+    """Return the rows of data that is trained on as it is, checked as `usable` does.
+
+    Raises:
+        TaskError: also where it is no dataset, or one that is known to have no column `prompt`.
+    """
+    if not isinstance(rows, Dataset | IterableDataset):
+        raise TaskError(f"{what} is a {type(rows).__name__}, not a dataset: make one (datasets.Dataset.from_list)")
+    if (names := rows.column_names) is not None and "prompt" not in names:
+        raise TaskError(f"{what} has no column 'prompt'; it has {', '.join(names)}: rename the question's to it")
+    return usable(rows, what, images=images)
+
+
 def usable(rows: T, what: str, *, images: bool = False) -> T:
     """Return the rows, checked; without image columns, which TRL would read, where these hold no image.
 

@@ -79,10 +79,14 @@ class _Filled(Formatter):
 
 
 def question_key(prompt: str | list[dict[str, Any]]) -> str:
-    """Return a key that is equal for prompts of the same text, ignoring white space and system messages."""
+    """Return a key that is equal for prompts of the same text, ignoring white space and system messages.
+
+    Of a prompt that has no other messages, the system messages count.
+    """
     if isinstance(prompt, str):
         return " ".join(prompt.split())
-    contents = [(m["role"], m["content"]) for m in prompt if m["role"] != "system"]
+    asked = [m for m in prompt if m["role"] != "system"] or prompt
+    contents = [(m["role"], m["content"]) for m in asked]
     turns = [[role, " ".join(text.split()) if isinstance(text, str) else text] for role, text in contents]
     return json.dumps(turns, sort_keys=True, default=str)
 

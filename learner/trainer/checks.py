@@ -14,7 +14,7 @@ from torch import nn
 from trl import GRPOConfig, GRPOTrainer
 
 from learner.adapters.lora_rules import caps_logits
-from learner.config import LearnerConfig
+from learner.config import LearnerConfig, slots_needed
 from learner.tasks.arguments import reads
 from learner.tasks.base import REWARD_ARGUMENTS
 from learner.trainer.prompt_order import indexable, rows_of_rank
@@ -73,6 +73,10 @@ def check_grpo(args: GRPOConfig) -> list[str]:
         )
     if args.max_completion_length is None and args.loss_type == "dr_grpo":
         raise InvalidRequest("loss_type=dr_grpo divides by max_completion_length, which is not set: set it")
+    if args.accelerator_config.dispatch_batches:
+        raise InvalidRequest(
+            "accelerator_config.dispatch_batches: only tensors can be dispatched, and prompts are text; leave it out"
+        )
     if args.push_to_hub:
         raise InvalidRequest(
             "push_to_hub would upload output_dir with the run's secret in it: push the adapter afterwards"
@@ -268,15 +272,19 @@ def check_attention(model: PeftModel) -> None:
 
 
 def check_slots(args: GRPOConfig, state: ServerState, config: LearnerConfig) -> None:
-    """Check that no push has to wait for a slot: a request ahead holds one during the pushes of S generation batches.
+    """Check that no push has to wait for a slot.
 
     Raises:
         LockstepError: `invalid_request`.
     """
     if not config.max_staleness or config.in_flight != "drain" or state.apply == "merge":
         return
-    micro_steps = config.max_staleness * args.steps_per_generation * args.num_iterations
-    needed = -(-micro_steps // args.gradient_accumulation_steps) + 1
+    needed = slots_needed(
+        config.max_staleness,
+        steps_per_generation=args.steps_per_generation,
+        num_iterations=args.num_iterations,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+    )
     if state.slots_per_run < needed:
         raise InvalidRequest(
             f"max_staleness={config.max_staleness}: a rollout can live through {needed - 1} pushes, and the server has "

@@ -52,7 +52,7 @@ def check_datasets(trainer: GRPOTrainer) -> None:
     Raises:
         LockstepError: `invalid_request`, with the column and its row.
     """
-    usable = partial(columns.usable, images=sees_images(trainer))
+    usable = partial(columns.prompted, images=sees_images(trainer))
     if isinstance(trainer.train_dataset, Dataset | IterableDataset):
         trainer.train_dataset = usable(trainer.train_dataset, "the training data")
     evaluation = trainer.eval_dataset

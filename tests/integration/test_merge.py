@@ -79,7 +79,7 @@ def test_many_pushes_then_the_base_to_the_bit(client: RolloutClient, model: Path
 def test_the_learners_proof_and_its_canary(client: RolloutClient, model: Path) -> None:
     policy = P.make_policy(model)
     proof = SyncProof(ServerPool.of(client), policy, [PROBE])
-    result = prove_modules(proof, lambda: P.push(client, policy, "proven.canary", 0).version)
+    result = prove_modules(proof, lambda step: P.push(client, policy, "proven.canary", step).version)
     client.delete_run("proven.canary", P.LEASE)
     assert abs(result.slope - 1) < 0.01
     assert result.proven == result.modules

@@ -55,7 +55,7 @@ def silent(modules: int) -> None:
     for what, left_out in (("none", []), ("one module", one), ("one layer", whole)):
         pair.server.silent, started = frozenset(left_out), time.process_time()
         try:
-            result = prove_modules(pair.proof, lambda: pair.publisher.push(0).version)
+            result = prove_modules(pair.proof, lambda step: pair.publisher.push(step).version)
             found = f"passes, slope {result.slope:.3f}, {result.proven} of {result.modules} modules proven one by one"
         except InstallFailed as error:
             found = str(error)

@@ -53,6 +53,7 @@ class RoundingServer(FakeServer):
         behind: serves the version that was pushed so many pushes ago.
         stuck_at: serves this push, and none after it; None: all.
         silent: modules that are left out of every adapter.
+        loses: modules of which nothing is left where their B is smaller than this (rms), as rounding does.
     """
 
     def __init__(self, base: torch.nn.Module, state: ServerState) -> None:
@@ -60,6 +61,7 @@ class RoundingServer(FakeServer):
         super().__init__(self.policy, state)
         self.history = defaultdict[str, list[dict[str, torch.Tensor]]](list)
         self.behind, self.stuck_at, self.silent = 0, None, frozenset[str]()
+        self.loses: dict[str, float] = {}
 
     def quantize(self, blur: float) -> None:
         """Change every weight of the base by noise of relative rms `blur`, as a coarse grid does."""
@@ -82,7 +84,8 @@ class RoundingServer(FakeServer):
             tensors = pushes[served if self.stuck_at is None else min(served, self.stuck_at)]
         for name, layer in lora_layers(self.policy, "default").items():
             layer.lora_B["default"].weight.zero_()
-            if tensors and name not in self.silent:
+            loud = tensors and float(tensors[name + LORA_B].float().square().mean().sqrt()) >= self.loses.get(name, 0.0)
+            if loud and name not in self.silent:
                 layer.lora_A["default"].weight.copy_(tensors[name + LORA_A])
                 layer.lora_B["default"].weight.copy_(tensors[name + LORA_B].float() / layer.scaling["default"])
         logits_TV = self.policy(input_ids=torch.tensor([sequence]), use_cache=False).logits[0, :-1].float()

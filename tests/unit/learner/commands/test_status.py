@@ -147,6 +147,12 @@ def test_a_training_that_has_failed_says_why(run_dir, capsys):
     assert _json(capsys, "--run-dir", str(run_dir))[1]["run"]["error"] is None
 
 
+def test_a_training_that_failed_before_its_first_step_says_why(tmp_path, capsys):
+    (tmp_path / "run.json").write_text(json.dumps({"error": "the reward 'r' raised"}))
+    assert main(["status", "--run-dir", str(tmp_path)]) == 1
+    assert capsys.readouterr().out.startswith(f"{tmp_path}: no step has ended; failed: the reward 'r' raised")
+
+
 def test_nothing_is_known(tmp_path, capsys):
     assert main(["status"]) == 2
     assert "--rollout-url, --run-dir" in capsys.readouterr().err

@@ -10,7 +10,8 @@ import pytest
 
 from learner.cli import main
 from learner.commands import training, up
-from learner.commands.up_recipe import Recipe
+from learner.commands.up_recipe import SLOTS, Recipe
+from rollout_server.settings import ServerSettings
 from shared.errors import InvalidRequest
 
 
@@ -51,6 +52,33 @@ def test_the_server_gets_what_the_learner_needs(recipe: Path, unchecked: None) -
     recipe.write_text("model_name_or_path: tiny\n")
     command = read("--config", str(recipe), "--lora_r=8", "--lora_kwargs", '{"rank_pattern": {"q": 64}}').server_flags()
     assert command[command.index("--max-lora-rank") + 1] == "64"
+
+
+@pytest.mark.parametrize(
+    ("options", "server", "slots"),
+    [
+        ("max_staleness: 1", "", None),
+        ("max_staleness: 2", "", "3"),
+        ("max_staleness: 4\nin_flight: keep", "", None),
+        ("max_staleness: 4", "apply: merge", None),
+        ("max_staleness: 2", "slots-per-run: 5", "5"),
+        ("max_staleness: 1\nnum_iterations: 2", "", "3"),
+        ("max_staleness: 1\nsteps_per_generation: 8\ngradient_accumulation_steps: 4", "", "3"),
+        ("max_staleness: 1\ngeneration_batch_size: 32\nper_device_train_batch_size: 8", "", "5"),
+        ("max_staleness: many", "", None),
+    ],
+)
+def test_rollouts_that_run_ahead_get_their_slots(
+    recipe: Path, unchecked: None, options: str, server: str, slots: str | None
+) -> None:
+    recipe.write_text(f"model_name_or_path: tiny\n{options}\nserver: {{{server}}}\n")
+    flags = read("--config", str(recipe)).server_flags()
+    assert flags.count("--slots-per-run") == (slots is not None)
+    assert slots is None or flags[flags.index("--slots-per-run") + 1] == slots
+
+
+def test_the_slots_of_a_server_are_those_without_the_flag() -> None:
+    assert ServerSettings().slots_per_run == SLOTS
 
 
 def test_a_later_file_changes_single_flags_and_variables(recipe: Path, unchecked: None, tmp_path: Path) -> None:

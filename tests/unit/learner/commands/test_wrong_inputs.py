@@ -233,6 +233,7 @@ def the_line(capsys):
         ("adam_beta1: 2", "adam_beta1.*beta parameter at index 0: 2"),
         ("adam_epsilon: -1", "adam_epsilon.*epsilon value: -1"),
         ("dataloader_persistent_workers: true", "dataloader_num_workers.*persistent_workers"),
+        ("accelerator_config: {dispatch_batches: true}", "dispatch_batches: .*text.*leave it out"),
         ("gradient_checkpointing_kwargs: {foo: 1}", "gradient_checkpointing_kwargs: .*foo"),
         (
             'lr_scheduler_type: cosine_with_restarts\nlr_scheduler_kwargs: \'{"num_cycles": "x"}\'',

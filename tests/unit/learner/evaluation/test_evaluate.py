@@ -53,6 +53,12 @@ def test_any_awaitable_is_awaited(server) -> None:
     assert result.reward == pytest.approx(3 * result.rewards["odd"])
 
 
+def test_a_task_without_evaluation_questions(server) -> None:
+    client = RolloutClient("http://fake", transport=server.transport)
+    with pytest.raises(InvalidRequest, match="task toy has no evaluation questions"):
+        evaluate(client, replace(_task(odd), eval=None), policy="base")
+
+
 def test_every_completion_needs_a_reward(server) -> None:
     def short(**_: Any) -> list[float]:
         return [1.0]

@@ -112,12 +112,12 @@ def test_stuck_server_is_found_against_the_last_proof(proof, publisher, model, s
 
 def test_canary_finds_a_server_that_ignores_adapters(proof, model, publisher, server):
     before = {n: p.clone() for n, p in model.named_parameters()}
-    assert abs(prove_modules(proof, lambda: publisher.push(0).version).slope - 1) < 0.01
+    assert abs(prove_modules(proof, lambda step: publisher.push(step).version).slope - 1) < 0.01
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters()), "put back to the bit"
     server.scale = 0.0
     proof.fixed_tolerance = 10.0
     with pytest.raises(LockstepError, match="factor of 0"):
-        prove_modules(proof, lambda: publisher.push(1).version)
+        prove_modules(proof, lambda step: publisher.push(1 + step).version)
 
 
 def test_slope_is_silent_below_the_noise():

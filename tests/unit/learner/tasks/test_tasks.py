@@ -178,6 +178,16 @@ def test_a_file_is_split_by_question(questions: Path) -> None:
     assert load_task(str(questions), eval_size=20, reward_specs=REWARD, seed=4).eval["prompt"] == task.eval["prompt"]
 
 
+def test_a_question_may_stand_in_a_system_message_alone(tmp_path: Path) -> None:
+    rows = [[{"role": "system", "content": f"Continue from {i}."}] for i in range(6)]
+    for name, some in (("all.jsonl", rows), ("few.jsonl", rows[:2])):
+        (tmp_path / name).write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in some))
+    split = load_task(str(tmp_path / "all.jsonl"), eval_size=2, reward_specs=REWARD)
+    assert (len(split.train), len(split.eval)) == (4, 2)
+    given = load_task(str(tmp_path / "all.jsonl"), eval_dataset=str(tmp_path / "few.jsonl"), reward_specs=REWARD)
+    assert sorted(given.train["prompt"], key=str) == rows[2:]
+
+
 def test_a_separate_evaluation_set_is_kept_out_of_training(questions: Path, tmp_path: Path, caplog) -> None:
     evaluation = tmp_path / "eval.csv"
     evaluation.write_text("prompt,answer\nWhat is 3 squared?,9\nWhat is 77 squared?,5929\n")
@@ -355,6 +365,24 @@ def test_a_task_function_is_given_what_it_names_or_reads(own_task) -> None:
 def test_what_a_task_function_raises_is_named(own_task, definition, words) -> None:
     spec = own_task(definition)
     with pytest.raises(TaskError, match=f"calling '{spec}' failed: {words}"):
+        load_task(spec)
+
+
+@pytest.mark.parametrize(
+    ("definition", "words"),
+    [
+        (
+            "name = Task('own', rows.rename_column('prompt', 'q'), rows, [len])",
+            "training has no column 'prompt'; it has",
+        ),
+        ("name = Task('own', rows, rows.rename_column('prompt', 'q'), [len])", "evaluation has no column 'prompt'"),
+        ("name = Task('own', list(rows), rows, [len])", "training is a list, not a dataset"),
+        ("def name(): return Task('own', rows, {'hard': rows}, [len])", "evaluation is a dict, not a dataset"),
+    ],
+)
+def test_a_task_has_datasets_with_prompts(own_task, definition, words) -> None:
+    spec = own_task(definition)
+    with pytest.raises(TaskError, match=f"^{spec}, {words}"):
         load_task(spec)
 
 

@@ -155,6 +155,12 @@ def test_a_training_has_at_least_one_step(grpo):
     check_grpo(grpo(max_steps=1, num_train_epochs=0))
 
 
+def test_batches_of_text_cannot_be_dispatched(grpo):
+    with pytest.raises(LockstepError, match="dispatch_batches"):
+        check_grpo(grpo(accelerator_config={"dispatch_batches": True}))
+    check_grpo(grpo(accelerator_config={"dispatch_batches": False}))
+
+
 @pytest.mark.parametrize("rows", [None, [], {"easy": [1], "hard": []}])
 def test_an_evaluation_that_is_asked_for_has_rows(grpo, rows):
     for asked in ({"eval_on_start": True}, {"eval_strategy": "steps", "eval_steps": 1}):

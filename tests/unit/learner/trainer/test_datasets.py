@@ -47,6 +47,18 @@ def test_columns_named_like_arguments_of_rewards(make_trainer, client, part: str
         attach(trainer, client=client)
 
 
+@pytest.mark.parametrize("part", ["train_dataset", "eval_dataset", "one of several"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_data_without_prompts(make_trainer, client, server, part: str, stream: bool) -> None:
+    rows = Dataset.from_list([{"question": "w1", "answer": "w2"}] * 4)
+    rows = rows.to_iterable_dataset() if stream else rows
+    given = {part: rows} if part != "one of several" else {"eval_dataset": {"hard": rows}}
+    trainer = make_trainer(trainer_kwargs=given)
+    with pytest.raises(InvalidRequest, match="has no column 'prompt'; it has question, answer"):
+        attach(trainer, client=client)
+    assert not server.served
+
+
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
