@@ -118,6 +118,7 @@ def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
     """
     from rollout_server.api.security import binding
     from rollout_server.api.security.bearer_tokens import configured_tokens
+    from rollout_server.engine.proxy import POLICY_MODEL
     from rollout_server.vllm_compat import versions, vision
 
     versions.vllm_version()
@@ -170,6 +171,10 @@ def parse(argv: list[str]) -> tuple[Any, server_settings.ServerSettings]:
             raise ValueError(f"{flag} cannot be used on a rollout server: leave it out")
     if not isinstance(args.allowed_origins, list) or not all(isinstance(one, str) for one in args.allowed_origins):
         raise ValueError("--allowed-origins takes a JSON list, as in '[\"http://localhost:3000\"]'")
+    for name in args.served_model_name or [args.model]:
+        if name == POLICY_MODEL or name.startswith(f"{POLICY_MODEL}:"):
+            raise ValueError(f"--served-model-name: {name} means the adapter to clients; give the base another name")
+    versions.check_serve_args(args)
     _check_hosts(args, settings)
     if args.node_rank == 0:  # the others serve no HTTP
         binding.check(args, settings, configured_tokens(settings))

@@ -36,7 +36,7 @@ from rollout_server.runs.table import RunTable
 from rollout_server.service import Service
 from rollout_server.sessions.records import Sessions
 from rollout_server.settings import ServerSettings
-from rollout_server.vllm_compat import log_filter, message_streams, start_errors, topology, versions, vision
+from rollout_server.vllm_compat import log_filter, message_streams, start_errors, tool_calls, topology, versions, vision
 from shared.collections_off import without_collections
 from shared.errors import EngineDead, InvalidRequest
 from shared.messages import one_line
@@ -199,6 +199,7 @@ async def _start(
     openai_app = versions.build_openai_app(args, tasks, vllm_config.model_config)
     await versions.init_openai_state(proxy, openai_app.state, args, tasks)
     message_streams.end_with_errors(openai_app.state)
+    tool_calls.answer_all(openai_app.state)
     log_filter.leave_refusals_out()
     exclusive = Exclusive(proxy, enabled=settings.deterministic)
     versions.accept_any_model(openai_app.state, in_session, proxy.note_missing)

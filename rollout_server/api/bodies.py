@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from email.message import Message
 from functools import partial
 from typing import Any
@@ -96,6 +97,7 @@ def _check_theirs(context: int, session: RecordedSession | None, tool_server: bo
                 _check_tools(document)
             check_text_only(document)
             _check_prompts(document, context)
+            memory += sum(_check_arguments(arguments, context) for arguments in _arguments(document))
             if session is not None:
                 session.check_call(document)
     except ValueError as error:
@@ -159,6 +161,31 @@ def _check_prompts(document: dict[str, Any], context: int) -> None:
     for prompt in prompts if isinstance(prompts, list) else [prompts]:
         check_text(prompt, context)
     check_text({name: value for name, value in document.items() if name != "prompt"}, context)
+
+
+def _check_arguments(arguments: str, context: int) -> int:
+    """Check the arguments of a tool's call, JSON in a string that vLLM parses, too; return the memory that it takes."""
+    memory = _bounded(_THEIRS, arguments.encode())
+    with contextlib.suppress(json.JSONDecodeError):  # models write such, and all that is no object: vLLM takes {}
+        parsed = load_json(arguments.encode())
+        check_text(parsed if isinstance(parsed, dict) else None, context)
+    return memory
+
+
+def _arguments(document: dict[str, Any]) -> Iterator[str]:
+    """Yield the arguments of all calls of tools in a history, in the forms of chats and of responses."""
+    functions = [
+        call.get("function")
+        for message in _objects(document.get("messages"))
+        for call in _objects(message.get("tool_calls"))
+    ]
+    for function in _objects([*functions, *_objects(document.get("input"))]):
+        if isinstance(arguments := function.get("arguments"), str):
+            yield arguments
+
+
+def _objects(values: Any) -> list[dict[str, Any]]:
+    return [value for value in values if isinstance(value, dict)] if isinstance(values, list) else []
 
 
 def _check_lists(name: str, value: Any) -> None:

@@ -411,6 +411,8 @@ def listen(host: str | None, port: int) -> list[socket.socket]:
     Raises:
         LockstepError: `invalid_request` if that is not possible.
     """
+    if not 0 <= port < 2**16:
+        raise InvalidRequest(f"--port {port}: give one of 0 to 65535")
     opened: list[socket.socket] = []
     problem: OSError | None = None
     try:
@@ -424,10 +426,10 @@ def listen(host: str | None, port: int) -> list[socket.socket]:
                 problem = error
         if not opened:
             raise problem or OSError("it has no address")
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         for one in opened:
             one.close()
-        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+        if error.errno == errno.EADDRINUSE:
             raise InvalidRequest(
                 f"port {port} is in use (`ss -ltnp 'sport = :{port}'` shows by what): end that, or give another --port"
             ) from error

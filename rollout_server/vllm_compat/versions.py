@@ -14,6 +14,7 @@ Everything in `rollout_server.vllm_compat` was written for vLLM 0.26 to 0.33. Mo
 | cpu_lora | `PunicaWrapperCPU` |
 | experts | `from_layer` of the LoRA manager's module, `FusedMoEConfig.is_lora_enabled` |
 | versions, at start | the model registry and `supports_lora` |
+| versions, at start | `validate_parsed_serve_args`, `validate_api_server_args` (in two modules, both are tried) |
 | lora_columns | `UnquantizedLinearMethod.create_weights`, `LoRAModelManager._create_lora_modules` |
 | lora_columns | LoRA layers' `apply`, `_token_lora_indices` and (GPU) `token_mapping_meta` of Punica wrappers |
 | one_product | `linear_batch_invariant` (in two modules, both are tried) |
@@ -22,6 +23,7 @@ Everything in `rollout_server.vllm_compat` was written for vLLM 0.26 to 0.33. Mo
 | hosts_executor | `MultiprocExecutor` (`monitor_workers`, `workers`), `Executor.get_class` |
 | vision | the renderer and its processors (`_maybe_apply_prompt_updates`) |
 | message_streams | `AnthropicServingMessages.message_stream_converter` |
+| tool_calls | `AnthropicServingMessages.messages_full_converter`, classes of calls that tool parsers make |
 | pil_processors | the model registry's `_run_in_subprocess` |
 """
 
@@ -67,6 +69,23 @@ def make_arg_parser(parser: Any) -> Any:
     """Add vLLM's serve flags to `parser`."""
     module = _first_module("vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.openai.cli_args")
     return module.make_arg_parser(parser)
+
+
+def check_serve_args(args: Any) -> None:
+    """Import plugins, and check flags as `vllm serve` does before it loads a model; raises `ValueError`."""
+    cli_args = _first_module("vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.openai.cli_args")
+    launcher = _first_module("vllm.entrypoints.launchers.launcher", "vllm.entrypoints.openai.api_server")
+    try:
+        cli_args.validate_parsed_serve_args(args)
+        if args.tool_parser_plugin:
+            launcher.ToolParserManager.import_tool_parser(args.tool_parser_plugin)
+        if args.reasoning_parser_plugin:
+            launcher.ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
+        launcher.validate_api_server_args(args)
+    except KeyError as error:  # whose text is quoted
+        raise ValueError(error.args[0]) from error
+    except refusals() as error:
+        raise ValueError(one_line(error)) from error
 
 
 def build_openai_app(args: Any, supported_tasks: tuple[str, ...], model_config: Any) -> Any:

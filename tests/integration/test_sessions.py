@@ -210,6 +210,17 @@ def test_a_tool_is_called(client: RolloutClient, session: SessionOpened, model: 
     assert (called.calls, after.calls) == ([0], [1])
 
 
+def test_a_call_with_half_a_character_is_answered(client: RolloutClient, session: SessionOpened) -> None:
+    said = '<tool_call>\n{"name": "add", "arguments": {"a": "\\ud83d"}}\n</tool_call>'
+    sdk, form = _openai(client, session), {"structured_outputs": {"choice": [said]}}
+    chosen = sdk.chat.completions.create(model="any", messages=[ASK], tools=[TOOL], extra_body=form).choices[0]
+    (call,) = chosen.message.tool_calls or ()
+    tool: Any = {"type": "function", **TOOL["function"]}
+    (item,) = sdk.responses.create(model="any", input="7", tools=[tool], extra_body=form).output
+    for function in (call.function, item):
+        assert function.arguments == '{"a": "\\ud83d"}'
+
+
 def test_anthropic(client: RolloutClient, session: SessionOpened, model: Path) -> None:
     tokenizer, options = AutoTokenizer.from_pretrained(model), {"api_key": session.token, "max_retries": 0}
     below = Anthropic(base_url=client.url + session.path.removesuffix("/v1"), **options)

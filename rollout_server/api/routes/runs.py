@@ -13,6 +13,7 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Path, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
+from starlette.requests import ClientDisconnect
 
 from rollout_server.api import metrics
 from rollout_server.api.bodies import BoundedRoute
@@ -20,6 +21,7 @@ from rollout_server.api.responses import Ndjson
 from rollout_server.api.routes import ServiceDep
 from shared import wire
 from shared.collective import Announcement
+from shared.errors import Timeout
 from shared.weights import RUN_ID_PATTERN, InFlight, PushReceipt, RunState, TrainingEnd
 
 router = APIRouter(route_class=BoundedRoute)
@@ -56,9 +58,18 @@ async def put_adapter(
 ) -> PushReceipt:
     """Install a new version of the run's adapter; the body is one safetensors blob with our manifest."""
     with metrics.counted_push() as count:
-        receipt = await service.push(run_id, lease, takeover, request.stream(), in_flight)
+        receipt = await service.push(run_id, lease, takeover, _body(request), in_flight)
         count(receipt)
     return receipt
+
+
+async def _body(request: Request) -> AsyncGenerator[bytes, None]:
+    """Yield the body as it comes; raises `timeout` where its client goes away."""
+    try:
+        async for chunk in request.stream():
+            yield chunk
+    except ClientDisconnect:
+        raise Timeout("the client went away") from None
 
 
 @router.delete(wire.RUN, status_code=204)

@@ -127,6 +127,34 @@ def test_a_host_that_serves_no_http_needs_no_port(tmp_path, flag):
         cli.check_first([str(tmp_path), f"--port={other.getsockname()[1]}", *flag])
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--chat-template", "/nowhere/chat.jinja"], "chat.jinja"),
+        (["--enable-auto-tool-choice"], "--tool-call-parser"),
+        (["--enable-auto-tool-choice", "--tool-call-parser", "typo"], "invalid tool call parser: typo"),
+        (["--served-model-name", "base", "policy"], "--served-model-name: policy"),
+        (["--served-model-name", "policy:r"], "--served-model-name: policy:r"),
+    ],
+)
+def test_flags_that_would_fail_after_the_model_has_been_loaded_fail_before(flags, words):
+    with pytest.raises(ValueError, match=words):
+        cli.parse(["model", *flags])
+
+
+def test_a_base_is_not_called_as_the_adapter_is():
+    with pytest.raises(ValueError, match="--served-model-name: policy means the adapter"):
+        cli.parse(["policy"])
+
+
+@pytest.mark.parametrize("flag", ["--tool-parser-plugin", "--reasoning-parser-plugin"])
+def test_plugins_are_imported(flag, tmp_path):
+    plugin = tmp_path / f"own_{flag[2:6]}_parsers.py"
+    plugin.write_text(f"open({str(tmp_path / 'imported')!r}, 'w').close()\n")
+    cli.parse(["model", flag, str(plugin)])
+    assert (tmp_path / "imported").exists()
+
+
 _HOSTS = ["model", "--tensor-parallel-size", "2", "--nnodes", "2", "--master-addr", "10.0.0.1"]
 
 

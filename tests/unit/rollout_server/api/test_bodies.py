@@ -123,6 +123,30 @@ async def test_half_a_character_is_refused_before_anything_is_sampled(field: str
         await check_body(COMPLETIONS, json.dumps({field: "good \ud83d, cut"}).encode())
 
 
+def _called(form: str, arguments: Any) -> bytes:
+    """Return a body with a call of a tool in its history."""
+    if form == "responses":
+        return _json(input=[{"type": "function_call", "call_id": "c", "name": "f", "arguments": arguments}])
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    return _json(messages=[{"role": "assistant", "tool_calls": [call]}])
+
+
+@pytest.mark.parametrize("form", ["chat/completions", "responses"])
+async def test_arguments_of_tools_are_bounded_as_the_body_is(form: str) -> None:
+    """They are JSON in a string, which vLLM parses, too: it would answer 500 where they are nested deeply."""
+    path = {"path": f"/v1/{form}"}
+    for written in ('{"a": 3}', "{", "", "null", '"x"', '{"a": "\\\\ud83d"}', "9" * 5000, '"\\ud83d"'):
+        await check_body(path, _called(form, written))
+    await check_body(path, _called(form, {"a": 3}))  # vLLM says so
+    for nested in ('{"a":' + "[" * 3000 + "]" * 3000 + "}", "[" * 200):
+        with pytest.raises(TooLarge, match="nested more than 100 levels"):
+            await check_body(path, _called(form, nested))
+    with pytest.raises(TooLarge, match="objects and lists"):
+        await check_body(path, _called(form, "[" + "[]," * 40000 + "[]]"))
+    with pytest.raises(InvalidRequest, match="ends in half a character"):
+        await check_body(path, _called(form, '{"a": "good \\ud83d"}'))
+
+
 @pytest.mark.parametrize("context", [0, 2**17, 2**20])
 async def test_text_of_one_prompt_is_bounded_on_vllms_routes(context: int) -> None:
     """Also where it is to be truncated: vLLM tokenizes it first."""

@@ -271,6 +271,13 @@ async def test_only_a_shortage_of_this_machine_pauses_accepting(error: int, capl
     assert ("cannot accept" in caplog.text) == short
 
 
+@pytest.mark.parametrize("port", [-1, 2**16, 70000])
+def test_a_port_that_there_is_not(port: int) -> None:
+    """`getaddrinfo` takes the lower 16 bits of it."""
+    with pytest.raises(LockstepError, match=f"--port {port}: give one of 0 to 65535"):
+        listen("127.0.0.1", port)
+
+
 def test_a_port_that_is_taken() -> None:
     (taken,) = listen("127.0.0.1", 0)
     with taken, pytest.raises(LockstepError, match="give another --port"):

@@ -10,6 +10,7 @@ import pytest
 from fastapi import FastAPI, HTTPException
 
 from learner.servers.client import RolloutClient
+from rollout_server.api import metrics
 from rollout_server.api.app import build_app
 from rollout_server.generation import requests
 from shared.errors import ErrorBody, ErrorCode, LockstepError, NoGroup, NotFinite, UnknownRun
@@ -276,6 +277,24 @@ async def test_pushes(client: httpx.AsyncClient, service: _Service) -> None:
     assert service.calls == [("r", LEASE, True, b"abc", "keep"), ("r", LEASE, False, b"", "drain")]
     assert (await client.put("/v1/runs/r/adapter", content=b"abc")).status_code == 400
     assert (await client.delete("/v1/runs/r", headers={"Lockstep-Lease": LEASE})).status_code == 204
+
+
+async def test_a_push_whose_client_goes_away_is_counted_and_leaves_no_traceback(service: _Service) -> None:
+    parts = [{"type": "http.request", "body": b"abc", "more_body": True}, {"type": "http.disconnect"}]
+    headers = [(b"lockstep-lease", LEASE.encode())]
+    scope = {"type": "http", "method": "PUT", "path": "/v1/runs/r/adapter", "headers": headers, "query_string": b""}
+    counted, sent = metrics.PUSHES.labels("timeout")._value, []
+
+    async def receive() -> dict[str, Any]:
+        return parts.pop(0)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    before = counted.get()
+    await build_app(service, FastAPI())(scope, receive, send)  # type: ignore[arg-type]
+    assert sent[0]["status"] == 408
+    assert counted.get() == before + 1
 
 
 async def test_ends_of_runs(client: httpx.AsyncClient, service: _Service) -> None:
