@@ -14,14 +14,23 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+#: Seconds after which a signal comes again whose exception was dropped: what dropped it is over then.
+_AGAIN_S = 0.05
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class Stopped(BaseException):
-    """A signal to stop arrived. Not an Exception, so that no handler of failures catches it."""
+    """A signal to stop arrived. Not an Exception, so that no handler of failures catches it.
+
+    Attributes:
+        dropped: Python has let nobody see it.
+    """
+
+    dropped = False
 
 
 def raise_stopped(number: int, frame: FrameType | None) -> None:
@@ -31,14 +40,29 @@ def raise_stopped(number: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def each_signal(handler: Callable[[int, FrameType | None], object], *numbers: signal.Signals) -> Iterator[None]:
-    """Handle signals with `handler` during the block; only on the main thread, since others cannot."""
+    """Handle signals with `handler` during the block; only on the main thread, since others cannot.
+
+    One that comes where Python drops exceptions, as in callbacks of weak references, comes again: no `Stopped` is lost.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    report = sys.unraisablehook
+
+    def come_again(unraisable: Any) -> None:
+        stopped = unraisable.exc_value
+        if not isinstance(stopped, Stopped):
+            report(unraisable)
+            return
+        stopped.dropped = True
+        threading.Timer(_AGAIN_S, os.kill, (os.getpid(), signal.Signals[str(stopped)])).start()
+
     previous = {number: signal.signal(number, handler) for number in numbers}
+    sys.unraisablehook = come_again
     try:
         yield
     finally:
+        sys.unraisablehook = report
         for number, before in previous.items():
             signal.signal(number, before)
 
@@ -49,15 +73,16 @@ def stop_on_signals() -> Iterator[threading.Event]:
 
     Yields the event that later signals set, which may come at any moment of that: see `ProcessGroup`.
     """
-    stopped, hurry = False, threading.Event()
+    stopped: Stopped | None = None
+    hurry = threading.Event()
 
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal stopped
-        if stopped:
+        if stopped and not stopped.dropped:
             hurry.set()
             return
-        stopped = True
-        raise Stopped(signal.Signals(number).name)
+        stopped = Stopped(signal.Signals(number).name)
+        raise stopped
 
     # One that is ignored stays so: nohup's SIGHUP.
     with each_signal(stop, *(number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN)):

@@ -6,12 +6,25 @@ import os
 import signal
 import subprocess
 import sys
+import time
+import weakref
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from learner.utils.processes import ProcessGroup, Stopped, module_command, module_environment, stop_on_signals
+from learner.utils.processes import (
+    ProcessGroup,
+    Stopped,
+    each_signal,
+    module_command,
+    module_environment,
+    raise_stopped,
+    stop_on_signals,
+)
 
 #: Starts a process of its own, says which, and waits to be ended.
 PARENT = """
@@ -73,6 +86,19 @@ def test_a_signal_while_it_waits_ends_the_group_at_once() -> None:
         child = psutil.Process(int(_begun(group, lines)))
     assert group.process.returncode == -signal.SIGKILL
     assert not psutil.wait_procs([child], timeout=30.0)[1]
+
+
+@pytest.mark.parametrize("handled", [stop_on_signals, partial(each_signal, raise_stopped, signal.SIGINT)])
+def test_a_signal_is_not_lost_where_python_drops_exceptions(handled: Callable[[], Any]) -> None:
+    """As in callbacks of weak references, of which every import has one."""
+    before = sys.unraisablehook
+    with pytest.raises(Stopped, match="SIGINT"), handled():
+        kept = {1}
+        dropped = weakref.ref(kept, lambda _: os.kill(os.getpid(), signal.SIGINT))
+        del kept
+        assert dropped() is None
+        time.sleep(20.0)
+    assert sys.unraisablehook is before
 
 
 def test_one_that_has_ended_by_itself() -> None:
