@@ -20,7 +20,7 @@ from learner.config import LearnerConfig
 from learner.foreign_options import unknown_option
 from learner.trainer.checks import MAY_BE_INFINITE
 from shared.errors import InvalidRequest
-from shared.messages import one_line, stray_word
+from shared.messages import one_line, unknown_flag
 
 #: Least values of TRL's options; where they are not kept, an error far inside says something else, or nothing does.
 _LEAST = {
@@ -109,10 +109,8 @@ class OptionParser(TrlParser):
         values, unknown = self.parse_known_args(flags)
         if unknown:
             flag = next((word for word in unknown if word.startswith("-")), unknown[0])
-            if not flag.startswith("-"):
-                raise InvalidRequest(stray_word(flag, ["--config"]))
             if not flag.startswith("--"):
-                raise InvalidRequest(f"there is no {flag}")
+                raise InvalidRequest(unknown_flag([flag], ["--config"]))
             name, _, value = flag.removeprefix("--").partition("=")
             value = value or next(iter(unknown[unknown.index(flag) + 1 :]), "")
             raise InvalidRequest(unknown_option(name, value, self._options))

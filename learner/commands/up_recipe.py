@@ -217,7 +217,7 @@ def _common(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _slots(given: Mapping[str, Any]) -> int:
-    """Return the adapter slots that the learner will ask for; 0 where it needs no more than a server must have."""
+    """Return the adapter slots that the learner will ask for, at most; 0 where it asks for none, or cannot be told."""
     if given.get("in_flight") not in (None, "drain"):
         return 0
 
@@ -227,7 +227,9 @@ def _slots(given: Mapping[str, Any]) -> int:
 
     try:
         accumulated = count("gradient_accumulation_steps", 1)
-        batch = count("generation_batch_size", 0) // count("per_device_train_batch_size", 8)  # at most: of one rank
+        batch = count("generation_batch_size", 0) // count(
+            "per_device_train_batch_size", 8
+        )  # of one rank: more have less
         return slots_needed(
             count("max_staleness", 0),
             steps_per_generation=count("steps_per_generation", batch or accumulated),
